@@ -6,7 +6,7 @@
 __all__ = ['ScimloraError', 'InputError', 'atomic_path', 'atomic_dir', 'write_json', 'read_json', 'sha256', 'versions',
            'seed_everything', 'progress']
 
-# %% ../nbs/00_core.ipynb #f78fc4f7
+# %% ../nbs/00_core.ipynb #d0a7b77c
 import contextlib
 import hashlib
 import importlib.metadata
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/00_core.ipynb #6d335035
+# %% ../nbs/00_core.ipynb #801ec0a4
 class ScimloraError(Exception):
     "Say in one line why a job failed; the command line ends with exit code 1."
 
@@ -29,7 +29,7 @@ class ScimloraError(Exception):
 class InputError(ScimloraError, ValueError):
     "Say in one line what is wrong with the input or the call and how to mend it; exit code 2."
 
-# %% ../nbs/00_core.ipynb #c2cd443d
+# %% ../nbs/00_core.ipynb #4406dd1e
 def _sync(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -61,7 +61,7 @@ def atomic_path(path):
     finally:
         tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #010313d0
+# %% ../nbs/00_core.ipynb #d3383a9a
 @contextlib.contextmanager
 def atomic_dir(path):
     """Yield a temporary folder beside `path`; swap it into place, synced, when the block ends without an error.
@@ -82,7 +82,10 @@ def atomic_dir(path):
     old = tmp.with_name(tmp.name + ".old")
     try:
         yield tmp
-        for f in tmp.rglob("*"): _sync(f)
+        for f in tmp.rglob("*"):
+            # mkdtemp and safetensors keep things to their owner; a bundle is shared like any other file.
+            os.chmod(f, (0o777 if f.is_dir() else 0o666) & ~_umask())
+            _sync(f)
         os.chmod(tmp, 0o777 & ~_umask())
         if path.exists(): os.rename(path, old)
         try: os.rename(tmp, path)
@@ -101,7 +104,7 @@ def _umask():
     os.umask(mask)
     return mask
 
-# %% ../nbs/00_core.ipynb #23649d7c
+# %% ../nbs/00_core.ipynb #d92d6a63
 def _plain(o):
     if isinstance(o, dict): return {str(k): _plain(v) for k, v in o.items()}
     if isinstance(o, (list, tuple, set)): return [_plain(v) for v in o]
@@ -147,7 +150,7 @@ def read_json(path):
     except FileNotFoundError: raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as e: raise InputError(f"{path}: cannot be read as JSON ({e})") from None
 
-# %% ../nbs/00_core.ipynb #c9ab9e15
+# %% ../nbs/00_core.ipynb #4e10d4fa
 def sha256(path):
     """Return the SHA-256 of a file as hexadecimal text.
 
@@ -194,7 +197,7 @@ def seed_everything(seed):
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #1109de83
+# %% ../nbs/00_core.ipynb #cc27c927
 def progress(iterable=None, desc="", total=None, unit="it"):
     """Wrap an iterable in a progress bar with rate and time left (on stderr).
 
