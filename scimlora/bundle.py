@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'FILES', 'Bundle', 'model_card', 'check_target', 'save_bundle', 'bundle_path', 'load_bundle', 'base_of']
 
-# %% ../nbs/03b_bundle.ipynb #1fb1aece
+# %% ../nbs/03b_bundle.ipynb #713974f3
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from .calibration import Calibration
 from .core import InputError, atomic_dir, read_json, write_json
 from .lora import Head
 
-# %% ../nbs/03b_bundle.ipynb #3494bd81
+# %% ../nbs/03b_bundle.ipynb #bfe07b4a
 SCHEMA = 1
 FILES = ("manifest.json", "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "label_classes.txt", "calibration.json")
 
@@ -44,7 +44,7 @@ class Bundle:
         "Name of the base that the adapter belongs to."
         return self.manifest["base"]["name"]
 
-# %% ../nbs/03b_bundle.ipynb #94104108
+# %% ../nbs/03b_bundle.ipynb #db89dee0
 def _card_numbers(metrics):
     rows = [(k, metrics[k]) for k in ("n_cells", "accuracy", "macro_f1", "balanced_accuracy", "ece") if metrics.get(k) is not None]
     for name, m in metrics.get("baselines", {}).items(): rows.append((f"macro_f1 of {name}", m["macro_f1"]))
@@ -81,7 +81,7 @@ def model_card(bundle):
         "## Limits", "", "It knows no other cell types than these. Cells far from all of them are marked unassigned, which "
         "does not catch every stranger. Not for clinical use.", ""])
 
-# %% ../nbs/03b_bundle.ipynb #18e49577
+# %% ../nbs/03b_bundle.ipynb #1402ba9d
 def _write(folder, b):
     write_json(folder / "manifest.json", b.manifest)
     write_json(folder / "adapter_config.json", b.adapter_config)
@@ -142,7 +142,7 @@ def save_bundle(bundle, path):
     bundle.path = path
     return path
 
-# %% ../nbs/03b_bundle.ipynb #5e93ff00
+# %% ../nbs/03b_bundle.ipynb #847f3200
 def _tensors(path):
     try:
         with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
@@ -172,7 +172,7 @@ def bundle_path(bundle):
     if lacking: raise InputError(f"{path}: is no bundle, it lacks {', '.join(lacking)}")
     return path
 
-# %% ../nbs/03b_bundle.ipynb #a4ecc7ff
+# %% ../nbs/03b_bundle.ipynb #ceb7f982
 def load_bundle(bundle):
     """Open a bundle.
 
@@ -210,7 +210,7 @@ def load_bundle(bundle):
 Bundle.load = staticmethod(load_bundle)
 Bundle.save = save_bundle
 
-# %% ../nbs/03b_bundle.ipynb #b3b883d4
+# %% ../nbs/03b_bundle.ipynb #4136cb50
 def base_of(bundle, base=None):
     """Open the base that a bundle belongs to, and check that it is the one.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['repeat_seeds', 'run_demo', 'summary']
 
-# %% ../nbs/07_demo.ipynb #bf9433c3
+# %% ../nbs/07_demo.ipynb #8aa79101
 import shutil
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .examples import baron
 from .report import verdict, write_report
 from .splits import split_by_donor
 
-# %% ../nbs/07_demo.ipynb #d12d46f2
+# %% ../nbs/07_demo.ipynb #d7764865
 def repeat_seeds(tune_once, test, seeds):
     """Fine-tune and score with several seeds.
 
@@ -44,7 +44,7 @@ def repeat_seeds(tune_once, test, seeds):
     for k in scores: out |= {f"{k}_mean": scores[k].mean(), f"{k}_sd": scores[k].std(ddof=1) if len(scores) > 1 else 0.0}
     return classifiers[0], out
 
-# %% ../nbs/07_demo.ipynb #6502051e
+# %% ../nbs/07_demo.ipynb #084ef294
 def run_demo(out="runs/demo", seeds=(0, 1, 2), base="mini", say=print, **settings):
     """Fine-tune on Baron's pancreas cells, compare, analyse the errors, and write bundle and report.
 
@@ -87,7 +87,7 @@ def run_demo(out="runs/demo", seeds=(0, 1, 2), base="mini", say=print, **setting
     shutil.copyfile(write_report(out).with_suffix(".html"), out / "report.html")
     return metrics
 
-# %% ../nbs/07_demo.ipynb #149f1e32
+# %% ../nbs/07_demo.ipynb #79b0fab8
 def summary(metrics):
     """Return the comparison as text for a terminal, with the verdict below.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['confused_pairs', 'hardest_cells', 'pair_markers', 'marker_evidence', 'plot_pairs', 'analyse_errors', 'save_errors']
 
-# %% ../nbs/05_error_analysis.ipynb #a96856b7
+# %% ../nbs/05_error_analysis.ipynb #353a7451
 from pathlib import Path
 
 import anndata as ad
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .core import atomic_path, write_json
 from .evaluation import COLOURS, confusion, save_figure
 
-# %% ../nbs/05_error_analysis.ipynb #e315aaac
+# %% ../nbs/05_error_analysis.ipynb #9052a87a
 def confused_pairs(table, n=10):
     """List the most frequent confusions.
 
@@ -39,7 +39,7 @@ def confused_pairs(table, n=10):
     pairs = pairs[(pairs.label != pairs.predicted) & (pairs.cells > 0)]
     return pairs.sort_values(["cells", "share", "label"], ascending=[False, False, True]).head(n).reset_index(drop=True)
 
-# %% ../nbs/05_error_analysis.ipynb #5ebf95da
+# %% ../nbs/05_error_analysis.ipynb #c44450ab
 def hardest_cells(table, cells, n=20):
     """List the cells whose true label got least, the surest mistakes first, then the least confident hits.
 
@@ -62,7 +62,7 @@ def hardest_cells(table, cells, n=20):
     key = np.where(t.wrong, t.confidence, -t.confidence)
     return t.iloc[np.lexsort((t.cell_id.astype(str), -key, ~t.wrong))].head(n).reset_index(drop=True)
 
-# %% ../nbs/05_error_analysis.ipynb #5e9dd11b
+# %% ../nbs/05_error_analysis.ipynb #c0ee2d2c
 def pair_markers(cells, table, a, b, n=5):
     """Find genes that tell two cell types apart, from cells that were called rightly.
 
@@ -90,17 +90,18 @@ def pair_markers(cells, table, a, b, n=5):
     names = x.uns["rank_genes_groups"]["names"][a]
     return list(names[:n]), list(names[::-1][:n])
 
-# %% ../nbs/05_error_analysis.ipynb #dd46b0ec
-def _level(X, genes, order):
-    "Mean log1p CP10K of each gene, averaged over genes."
-    return float(X[:, [order[g] for g in genes]].mean()) if genes and X.shape[0] else float("nan")
+# %% ../nbs/05_error_analysis.ipynb #fce59458
+def _between(X, own, other, genes, order):
+    "Where cells lie between another type (0) and their own (1) by the mean level of genes."
+    x, a, b = (float(m[:, [order[g] for g in genes]].mean()) for m in (X, own, other))
+    return (x - b) / max(a - b, 1e-9)
 
 
 def _verdict(a_share, b_share, a, b):
     if a_share >= 0.5 and b_share >= 0.5: return f"express both {a} and {b} markers: doublets or ambient RNA"
-    if b_share > a_share: return f"resemble {b} by their own markers: doubtful labels"
-    if a_share >= 0.5: return f"resemble {a}: the model's mistake"
-    return "express neither type's markers well: poor cells"
+    if b_share > a_share and b_share >= 0.5: return f"resemble {b} by their own markers: doubtful labels"
+    if a_share > b_share and a_share >= 0.5: return f"resemble {a}: the model's mistake"
+    return "express neither type's markers well: poor cells or something else"
 
 
 def marker_evidence(cells, table, pairs, n_markers=5):
@@ -119,25 +120,25 @@ def marker_evidence(cells, table, pairs, n_markers=5):
     Returns
     -------
     list of dict
-        label, predicted, cells, `label_markers`, `predicted_markers`; `label_marker_level` and
-        `predicted_marker_level`: the level of each side's markers in the cells in question, relative to cells called
-        rightly (1 = as they have); `says`: the conclusion in words.
+        label, predicted, cells, share, `label_markers`, `predicted_markers`; `label_marker_level` and
+        `predicted_marker_level`: where the cells in question lie by each side's markers (1: as cells of that type that
+        were called rightly, 0: as those of the other type); `says`: the conclusion in words.
     """
     order, out = {g: j for j, g in enumerate(cells.genes)}, []
     label, called = table.label.to_numpy(str), table.cell_type.to_numpy(str)
     for r in pairs.itertuples():
         A, B = pair_markers(cells, table, r.label, r.predicted, n_markers)
-        row = dict(label=r.label, predicted=r.predicted, cells=int(r.cells), label_markers=A, predicted_markers=B,
+        row = dict(label=r.label, predicted=r.predicted, cells=int(r.cells), share=float(r.share), label_markers=A, predicted_markers=B,
                    label_marker_level=None, predicted_marker_level=None, says="too few cells called rightly to compare with")
         if A:
             X = cells.X[(label == r.label) & (called == r.predicted)]
-            ref = [cells.X[(label == c) & (called == c)] for c in (r.label, r.predicted)]
-            a, b = (_level(X, g, order) / max(_level(x, g, order), 1e-9) for g, x in zip((A, B), ref))
+            own, other = (cells.X[(label == c) & (called == c)] for c in (r.label, r.predicted))
+            a, b = _between(X, own, other, A, order), _between(X, other, own, B, order)
             row |= dict(label_marker_level=a, predicted_marker_level=b, says=_verdict(a, b, r.label, r.predicted))
         out.append(row)
     return out
 
-# %% ../nbs/05_error_analysis.ipynb #69d767a1
+# %% ../nbs/05_error_analysis.ipynb #e1352567
 def plot_pairs(evidence):
     """Draw, for each confused pair, how much of each side's markers its cells express.
 
@@ -158,12 +159,13 @@ def plot_pairs(evidence):
     ax.scatter([e["label_marker_level"] for e in rows], range(len(rows)), color=COLOURS[0], marker="o", s=55, label="markers of its label")
     ax.scatter([e["predicted_marker_level"] for e in rows], range(len(rows)), color=COLOURS[3], marker="D", s=50, label="markers of the prediction")
     ax.set_yticks(range(len(rows)), [f"{e['label']} called {e['predicted']} ({e['cells']})" for e in rows])
-    ax.set(xlabel="level relative to cells called rightly", xlim=(-0.05, None))
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    ax.axvline(0.5, color="0.8", lw=1, ls=":", zorder=0)
+    ax.set(xlabel="level of the markers: 0 as the other type, 1 as that type")
+    fig.legend(frameon=False, loc="outside upper left", ncols=2)
     if not rows: ax.text(.5, .5, "no confused pair with enough cells", ha="center", transform=ax.transAxes)
     return fig
 
-# %% ../nbs/05_error_analysis.ipynb #353b94ab
+# %% ../nbs/05_error_analysis.ipynb #ba992a87
 def analyse_errors(cells, table, n_pairs=8, n_cells=25):
     """Collect confused pairs with their marker evidence, and the hardest cells.
 
@@ -181,9 +183,7 @@ def analyse_errors(cells, table, n_pairs=8, n_cells=25):
         `n_cells`, `n_wrong`, `pairs` (list of dict), `hardest` (list of dict).
     """
     pairs = confused_pairs(table, n_pairs)
-    evidence = marker_evidence(cells, table, pairs)
-    for e, share in zip(evidence, pairs.share): e["share"] = share
-    return dict(n_cells=len(table), n_wrong=int((table.label != table.cell_type).sum()), pairs=evidence,
+    return dict(n_cells=len(table), n_wrong=int((table.label != table.cell_type).sum()), pairs=marker_evidence(cells, table, pairs),
                 hardest=hardest_cells(table, cells, n_cells).to_dict("records"))
 
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'COLOURS', 'score', 'tuned_logreg', 'recalibrate_batchnorm', 'fit_baselines', 'baseline_proba',
-           'retention', 'evaluate', 'comparison', 'plot_comparison', 'confusion', 'plot_confusion', 'plot_reliability',
-           'save_figure', 'save_evaluation']
+           'paired_difference', 'retention', 'evaluate', 'comparison', 'plot_comparison', 'confusion', 'plot_confusion',
+           'plot_reliability', 'save_figure', 'save_evaluation']
 
-# %% ../nbs/04_evaluation.ipynb #277658a6
+# %% ../nbs/04_evaluation.ipynb #063e7c1f
 import copy
 import time
 from pathlib import Path
@@ -27,7 +27,7 @@ from .base import fold, run_layers
 from .calibration import ece
 from .core import InputError, atomic_path, progress, write_json
 
-# %% ../nbs/04_evaluation.ipynb #612be485
+# %% ../nbs/04_evaluation.ipynb #1cbb54e5
 def _per_class(y, predicted):
     names = sorted(set(y) | set(predicted))
     p, r, f, s = precision_recall_fscore_support(y, predicted, labels=names, zero_division=0)
@@ -69,7 +69,7 @@ def score(y, proba, classes):
                 macro_f1=f1, balanced_accuracy=np.mean([per_class[c]["recall"] for c in set(y)]), confidence=proba.max(1).mean(),
                 ece=ece(proba.max(1), right), per_class=per_class)
 
-# %% ../nbs/04_evaluation.ipynb #4a07ff75
+# %% ../nbs/04_evaluation.ipynb #ee8fca90
 def _folds(y, groups, n=3, seed=0):
     smallest = np.bincount(y).min()
     if groups is not None and len(set(groups)) >= n: return list(StratifiedGroupKFold(n).split(y, y, groups))
@@ -111,7 +111,7 @@ def tuned_logreg(X, y, groups=None, grid=(0.01, 0.1, 1.0, 10.0), seed=0):
     if len(m.classes_) > 2: return m.coef_, m.intercept_, C
     return np.vstack([np.zeros_like(m.coef_), m.coef_]), np.append(0, m.intercept_), C
 
-# %% ../nbs/04_evaluation.ipynb #9978ee2f
+# %% ../nbs/04_evaluation.ipynb #e2a82790
 def recalibrate_batchnorm(encoder, X, batch=4096):
     """Return a copy of an encoder with BatchNorm statistics of the given cells.
 
@@ -136,7 +136,7 @@ def recalibrate_batchnorm(encoder, X, batch=4096):
         for rows in np.array_split(np.arange(X.shape[0]), pieces): enc(torch.from_numpy(X[rows].toarray()))
     return enc.eval()
 
-# %% ../nbs/04_evaluation.ipynb #a027dc83
+# %% ../nbs/04_evaluation.ipynb #b3ed751e
 BASELINES = ("majority", "base_knn", "base_linear", "base_linear_bn_recalibrated", "logreg_genes")
 _KNN_CELLS = 5000
 
@@ -161,7 +161,7 @@ def _best_k(z, y, groups, n_classes, grid=(5, 15, 50)):
             scores[i] += f1_score(y[test], guess, average="macro")
     return grid[int(np.argmax(scores))]
 
-# %% ../nbs/04_evaluation.ipynb #4ecd84a2
+# %% ../nbs/04_evaluation.ipynb #3c7f47c0
 def fit_baselines(base, X, y, classes, groups=None, seed=0):
     """Fit all baselines on the training cells.
 
@@ -217,7 +217,7 @@ def _fit_bn(base, X, y, groups, seed):
         found |= {f"bn{i}.mean": m.running_mean.numpy(), f"bn{i}.var": m.running_var.numpy()}
     return found, settings
 
-# %% ../nbs/04_evaluation.ipynb #c0d7284e
+# %% ../nbs/04_evaluation.ipynb #6a87bcdb
 def baseline_proba(name, tensors, info, base, X):
     """Predict with one of the stored baselines.
 
@@ -251,7 +251,46 @@ def _with_statistics(encoder, get):
         m.running_var.copy_(torch.tensor(get(f"bn{i}.var")))
     return enc
 
-# %% ../nbs/04_evaluation.ipynb #e20cbb0c
+# %% ../nbs/04_evaluation.ipynb #fc6ee94d
+def _f1_from(y, predicted, weights, n):
+    "Macro-F1 for many weightings of the cells at once: y, predicted (n_cells,) ints; weights (n_draws, n_cells)."
+    def count(which):
+        return weights @ which.astype(float)
+    hit, true, called = (count(np.eye(n)[y] * (y == predicted)[:, None]), count(np.eye(n)[y]), count(np.eye(n)[predicted]))
+    there = (true + called) > 0
+    f1 = 2 * hit / np.maximum(true + called, 1)
+    return (f1 * there).sum(1) / np.maximum(there.sum(1), 1)
+
+
+def paired_difference(y, first, second, draws=1000, seed=0):
+    """Bootstrap the difference in macro-F1 of two methods on the same cells.
+
+    Parameters
+    ----------
+    y, first, second : sequence of str, length n_cells
+        True labels and the two methods' predictions.
+    draws : int
+        How often the cells are drawn again.
+    seed : int
+
+    Returns
+    -------
+    dict
+        `difference` (first − second), and `low` and `high`, the 95 % percentile interval.
+
+    References
+    ----------
+    Efron & Tibshirani, An Introduction to the Bootstrap, 1993.
+    """
+    names, codes = np.unique(np.concatenate([np.asarray(v, str) for v in (y, first, second)]), return_inverse=True)
+    y, a, b = np.split(codes.reshape(-1), 3)
+    rng, n = np.random.default_rng(seed), len(y)
+    weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=draws)])
+    d = _f1_from(y, a, weights, len(names)) - _f1_from(y, b, weights, len(names))
+    low, high = np.quantile(d[1:], [0.025, 0.975])
+    return dict(difference=d[0], low=low, high=high)
+
+# %% ../nbs/04_evaluation.ipynb #edac7e51
 def retention(base, predictor, X, k=15, n=1000, seed=0):
     """Measure how far the adapter moved the embedding of cells.
 
@@ -279,7 +318,19 @@ def retention(base, predictor, X, k=15, n=1000, seed=0):
     off = run_layers(fold(predictor.base.encoder), X[rows])
     return dict(cosine=(zb * zl).sum(1).mean(), neighbour_overlap=overlap, off_difference=np.abs(off - zb).max(), cells=len(rows))
 
-# %% ../nbs/04_evaluation.ipynb #1a96ad6a
+# %% ../nbs/04_evaluation.ipynb #aea50ee3
+def _against_baselines(y, p, predictor, X):
+    "Scores of the stored baselines, and the paired difference to the best of them."
+    b = predictor.bundle
+    names = [n for n in BASELINES if any(k.startswith(n + ".") for k in b.baselines)]
+    proba = {n: baseline_proba(n, b.baselines, b.baselines_info, predictor.base, X) for n in names}
+    scores = {n: score(y, v, b.classes) for n, v in proba.items()}
+    if not scores: return dict(baselines={}, best_baseline=None)
+    best = max(scores, key=lambda n: scores[n]["macro_f1"])
+    called = np.array(b.classes, dtype=object)[proba[best].argmax(1)]
+    return dict(baselines=scores, best_baseline=dict(name=best, **paired_difference(y, p.label, called)))
+
+
 def evaluate(predictor, cells, labels):
     """Compare a bundle with the base and the baselines on labelled test cells.
 
@@ -293,7 +344,8 @@ def evaluate(predictor, cells, labels):
     Returns
     -------
     metrics : dict
-        As metrics.json: `score` of the bundle, the same under `baselines`, `unseen_labels`, `unlabelled_cells`,
+        As metrics.json: `score` of the bundle, the same under `baselines`, `best_baseline` (name, and the difference to
+        it with its interval), `unseen_labels`, `unlabelled_cells`,
         `unassigned`, `retention`, `trainable_parameters`, `trainable_fraction`, `seconds`.
     table : pandas.DataFrame
         One row a scored cell: true label, prediction, confidence, unassigned, reason.
@@ -308,8 +360,7 @@ def evaluate(predictor, cells, labels):
     m["assigned_accuracy"] = (p.label == y)[~p.unassigned].mean() if (~p.unassigned).any() else None
     m["unassigned"] = p.unassigned.mean()
     m["unseen_labels"], m["unlabelled_cells"] = unseen.to_dict(), int(sum(x is None for x in labels))
-    m["baselines"] = {n: score(y, baseline_proba(n, b.baselines, b.baselines_info, predictor.base, X), b.classes)
-                      for n in BASELINES if any(k.startswith(n + ".") for k in b.baselines)}
+    m |= _against_baselines(y, p, predictor, X)
     m["retention"] = retention(predictor.base, predictor, X)
     counts = b.manifest["parameters"]
     m["trainable_parameters"], m["trainable_fraction"] = counts["trainable"], counts["fraction"]
@@ -318,9 +369,9 @@ def evaluate(predictor, cells, labels):
     table.insert(1, "label", y)
     return m, table
 
-# %% ../nbs/04_evaluation.ipynb #107249a6
+# %% ../nbs/04_evaluation.ipynb #25c4f1ac
 def comparison(metrics):
-    """Return the bundle and its baselines as a table, best macro-F1 last.
+    """Return the baselines and, last, the bundle as a table.
 
     Parameters
     ----------
@@ -336,7 +387,7 @@ def comparison(metrics):
     rows = {**metrics["baselines"], "lora": metrics}
     return pd.DataFrame({n: {k: m[k] for k in keys} for n, m in rows.items()}).T.astype(float)
 
-# %% ../nbs/04_evaluation.ipynb #8fb4864f
+# %% ../nbs/04_evaluation.ipynb #5471d42b
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 
 
@@ -360,10 +411,10 @@ def plot_comparison(metrics):
     ax.set_yticks(range(len(t)), t.index)
     ax.set(xlim=(0, 1.02), xlabel=f"on {metrics['n_cells']:,} held-out cells, {metrics['n_classes']} types")
     ax.grid(axis="x", alpha=.3)
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    fig.legend(frameon=False, loc="outside upper left", ncols=2)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #95b869f3
+# %% ../nbs/04_evaluation.ipynb #c1b7eac0
 def confusion(table, classes=None):
     """Return the confusion matrix of scored cells.
 
@@ -410,7 +461,7 @@ def plot_confusion(table, classes=None):
     ax.tick_params(axis="y", rotation=0)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #4ce12f82
+# %% ../nbs/04_evaluation.ipynb #bcc64718
 def plot_reliability(table, bins=10):
     """Draw accuracy against confidence; on the diagonal, confidence means what it says.
 
@@ -434,7 +485,7 @@ def plot_reliability(table, bins=10):
            title=f"ECE {ece(table.confidence.to_numpy(), (table.label == table.cell_type).to_numpy()):.3f} (area: cells)")
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #748def44
+# %% ../nbs/04_evaluation.ipynb #d3be445b
 def save_figure(fig, path):
     "Write a figure as PNG, whole or not at all."
     with atomic_path(path) as tmp: fig.savefig(tmp, dpi=130, metadata={"Software": None})

@@ -1,0 +1,72 @@
+# What this project can do; `make` alone lists it. Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+# Notebooks and tools find `scimlora` and nbdev's commands in the environment.
+IN_ENV = PATH="$$PWD/$(BIN):$$PATH"
+# The newest torch brings gigabytes of CUDA packages where this one, built for the CPU, may lie at hand.
+TORCH = 2.13.0
+DEPS = settings.ini setup.py pyproject.toml constraints.txt
+
+.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini constraints clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+install: $(VENV)/demo.stamp  ## make .venv with scimlora, all that the demo needs
+$(VENV)/demo.stamp: $(DEPS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo]"
+	touch $@
+
+install-dev: $(VENV)/dev.stamp  ## the same with all that tests, docs and the page need
+$(VENV)/dev.stamp: $(DEPS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/demo.stamp
+
+demo: install  ## the whole job on real cells: tune, measure, report
+	$(BIN)/scimlora demo
+
+# Two notebooks at a time with one thread each: nbdev would start a worker for every core, and torch a thread for every core in each.
+test: install-dev  ## the demo, every notebook, every test
+	$(BIN)/scimlora demo
+	$(IN_ENV) OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	$(IN_ENV) python -m pytest
+
+export: install-dev  ## notebooks to modules, and both notebook folders clean
+	$(IN_ENV) nbdev_export
+	$(IN_ENV) nbdev_clean
+	$(IN_ENV) nbdev_clean --fname colab
+
+notebooks: install-dev  ## run all notebooks and save what they print
+	$(IN_ENV) python tools/run_notebooks.py
+
+docs: install-dev  ## build the site into _docs/ and check it
+	$(IN_ENV) python tools/check_imports.py
+	$(IN_ENV) python tools/build_docs.py
+	$(IN_ENV) python tools/check_site.py
+
+readme: install-dev  ## write README.md from nbs/index.ipynb
+	$(IN_ENV) python tools/make_readme.py
+
+colab: install-dev  ## run the Colab notebooks headless, with papermill
+	$(IN_ENV) python colab/run.py
+
+ui: install-dev  ## open the page on http://localhost:8501
+	$(IN_ENV) streamlit run ui/src/streamlit_app.py
+
+mini: install-dev  ## pretrain the embedded base again, with its held-out numbers
+	SCIMLORA_PROGRESS=1 $(BIN)/python -c 'from scimlora.pretrain import make_mini; make_mini()'
+
+# No index is named, so none is written. CUDA packages stay out: only builds that need them ask for them.
+constraints: install-dev  ## pin the newest versions that work together
+	$(BIN)/python -m pip install -q uv
+	echo "torch==$(TORCH)" | $(BIN)/uv pip compile -q --universal --python-version 3.10 --no-header --no-annotate \
+	  --all-extras setup.py - > $(VENV)/pins.txt
+	echo '# Exact versions that work together on Python 3.10 to 3.13, made by `make constraints`.' > constraints.txt
+	grep -vE '^(nvidia|cuda|triton)' $(VENV)/pins.txt >> constraints.txt
+
+clean:  ## remove what was built; .venv stays
+	rm -rf _docs _proc runs build dist *.egg-info .pytest_cache .ruff_cache
+	find scimlora tools tests ui colab nbs -name __pycache__ -type d -prune -exec rm -rf {} +
