@@ -6,7 +6,7 @@
 __all__ = ['BASES', 'Encoder', 'Layer', 'linear_names', 'fold', 'run_layers', 'encoder_from_state', 'Base', 'base_path',
            'load_base', 'save_base']
 
-# %% ../nbs/02_base.ipynb #b0d05e51
+# %% ../nbs/02_base.ipynb #838149d9
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 from .core import InputError, atomic_dir, sha256
 from .data import Cells, align_cells
 
-# %% ../nbs/02_base.ipynb #8de24ca7
+# %% ../nbs/02_base.ipynb #2f1261b4
 class Encoder(nn.Module):
     """Map log1p CP10K expression to a point on the unit sphere, as SCimilarity's encoder does.
 
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         for layer in self.network: x = layer(x)
         return F.normalize(x, p=2, dim=1)
 
-# %% ../nbs/02_base.ipynb #7e63874a
+# %% ../nbs/02_base.ipynb #428fe667
 @dataclass
 class Layer:
     "Hold one folded layer: `y = PReLU(x @ weight + bias)`; no bend after the last."
@@ -105,7 +105,7 @@ def fold(encoder, deltas=None):
         out.append(Layer(np.ascontiguousarray(W.T.float().numpy()), b.float().numpy(), slope))
     return out
 
-# %% ../nbs/02_base.ipynb #0ff4d5a7
+# %% ../nbs/02_base.ipynb #2f9f7339
 def run_layers(layers, X, batch=2048):
     """Embed cells with folded layers.
 
@@ -132,7 +132,7 @@ def run_layers(layers, X, batch=2048):
         out[a:a + batch] = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
     return out
 
-# %% ../nbs/02_base.ipynb #abc7e0e5
+# %% ../nbs/02_base.ipynb #4327dc71
 def _layer_sizes(state):
     return {k: list(v.shape) for k, v in state.items()}
 
@@ -171,7 +171,7 @@ def encoder_from_state(state, where="encoder.ckpt"):
         raise InputError(f"{where}: is no SCimilarity encoder ({str(e).splitlines()[-1].strip()})") from None
     return enc.eval().requires_grad_(False)
 
-# %% ../nbs/02_base.ipynb #6f9ea613
+# %% ../nbs/02_base.ipynb #13af32c8
 BASES = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../scimlora/assets").resolve()
 _FILES = ("encoder.ckpt", "gene_order.tsv", "layer_sizes.json", "label_ints.csv")
 
@@ -216,7 +216,7 @@ class Base:
         if sp.issparse(cells): return run_layers(self.layers, sp.csr_matrix(cells))
         return run_layers(self.layers, align_cells(cells, self.genes, units).X)
 
-# %% ../nbs/02_base.ipynb #2ced949b
+# %% ../nbs/02_base.ipynb #a868bde2
 def base_path(base):
     """Resolve the name of an embedded base, or the path of a SCimilarity directory.
 
@@ -272,7 +272,7 @@ def load_base(base="mini"):
 
 Base.load = staticmethod(load_base)
 
-# %% ../nbs/02_base.ipynb #11a6c985
+# %% ../nbs/02_base.ipynb #8257b942
 def save_base(base, path, half=False):
     """Write a base in SCimilarity's directory format.
 

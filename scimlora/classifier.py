@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Classifier', 'tune']
 
-# %% ../nbs/05b_classifier.ipynb #2ded758b
+# %% ../nbs/05b_classifier.ipynb #2d4d3dab
 import datetime
 import time
 from dataclasses import asdict, replace
@@ -22,7 +22,7 @@ from .lora import TuneConfig, train_lora
 from .predict import Predictor, annotate
 from .splits import split
 
-# %% ../nbs/05b_classifier.ipynb #822a186d
+# %% ../nbs/05b_classifier.ipynb #a5d8894f
 def _usable(labels, min_cells):
     "Rows to use, and notes on what was left out."
     rows = np.flatnonzero([x is not None for x in labels])
@@ -41,7 +41,7 @@ def _usable(labels, min_cells):
     if len(names) < 2: raise InputError(f"all cells are '{names[0]}'; a classifier needs at least two types, check the label column")
     return rows, notes
 
-# %% ../nbs/05b_classifier.ipynb #29a16b14
+# %% ../nbs/05b_classifier.ipynb #ac6a5561
 def _validation(labels, donors, share, column, seed):
     "Split off validation cells; every class keeps training cells."
     few = donors is None or len({d for d in donors if d is not None}) < 3
@@ -55,7 +55,7 @@ def _validation(labels, donors, share, column, seed):
     s.side = side.astype(str)
     return s
 
-# %% ../nbs/05b_classifier.ipynb #9c6f1af0
+# %% ../nbs/05b_classifier.ipynb #1e30d0b5
 _NO_TEST = dict(kind="none", column="", groups={}, notes=["the command that tuned it set no test cells aside"])
 _PACKAGES = ("scimlora", "torch", "peft", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
 
@@ -80,7 +80,7 @@ def _calibrated(bundle, base, X, y, s, error):
     bundle.calibration = fit_calibration(p.logits(z[val]), y[val], z[val], bundle.centroids, error, source=which)
     return Predictor(bundle, base)
 
-# %% ../nbs/05b_classifier.ipynb #4c485029
+# %% ../nbs/05b_classifier.ipynb #0ef37322
 def _tune(base, cells, y, classes, s, donors, config, error, baselines, label, donor, notes, title, held_out):
     train, val, start = s.side == "train", s.side == "val", time.perf_counter()
     tuned = train_lora(base, cells.X[train], y[train], len(classes), config, (cells.X[val], y[val]) if val.any() else None)
@@ -92,7 +92,7 @@ def _tune(base, cells, y, classes, s, donors, config, error, baselines, label, d
         bundle.baselines, bundle.baselines_info = fit_baselines(base, cells.X, y, classes, donors, config.seed)
     return predictor
 
-# %% ../nbs/05b_classifier.ipynb #19cfcbe2
+# %% ../nbs/05b_classifier.ipynb #bb7f2e54
 class Classifier:
     """Annotate, evaluate and save a fine-tuned bundle on its base; made by `Classifier.tune` or `Classifier.load`.
 
@@ -143,7 +143,7 @@ class Classifier:
         known = {c: True for c in self.classes_}
         return metrics, table, cells[np.array([known.get(x, False) for x in labels])]
 
-# %% ../nbs/05b_classifier.ipynb #7c30b73d
+# %% ../nbs/05b_classifier.ipynb #57ed6fc0
 def tune(adata, label, donor=None, base="mini", config=None, min_cells=1, val_share=0.2, error=0.05, baselines=True,
          units="auto", title="", held_out=None, **settings):
     """Fine-tune adapters and a head on labelled cells. Also `Classifier.tune`.

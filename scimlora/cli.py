@@ -6,7 +6,7 @@
 __all__ = ['app', 'BundleArg', 'LabelOpt', 'BaseOpt', 'UnitsOpt', 'SeedOpt', 'doctor', 'prepare', 'tune', 'evaluate', 'errors',
            'report', 'annotate', 'serve', 'demo', 'pretrain', 'main']
 
-# %% ../nbs/08_cli.ipynb #e63f8781
+# %% ../nbs/08_cli.ipynb #f4601258
 import json
 import os
 import sys
@@ -17,14 +17,14 @@ import typer
 
 from .core import InputError, ScimloraError
 
-# %% ../nbs/08_cli.ipynb #64e18ca7
+# %% ../nbs/08_cli.ipynb #30360184
 app = typer.Typer(help="Teach SCimilarity your own atlas: LoRA adapters on a frozen single-cell foundation model.",
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 BundleArg = Annotated[str, typer.Argument(help="folder that `scimlora tune` wrote", metavar="BUNDLE")]
 LabelOpt = Annotated[str, typer.Option("--label", help="column of obs with the cell types")]
 BaseOpt = Annotated[Optional[str], typer.Option("--base", help="where the bundle's base is, if not where it was made")]
-UnitsOpt = Annotated[str, typer.Option("--units", help="what the values are: auto, counts, cpm or log1p")]
+UnitsOpt = Annotated[str, typer.Option("--units", help="what the values are: auto, counts, cpm or log1p_cp10k")]
 SeedOpt = Annotated[int, typer.Option("--seed", help="the same seed gives the same numbers")]
 
 
@@ -34,7 +34,7 @@ def _say(text): print(text, file=sys.stderr, flush=True)
 def _show_notes(notes):
     for n in notes: _say(f"note: {n}")
 
-# %% ../nbs/08_cli.ipynb #23fe8c27
+# %% ../nbs/08_cli.ipynb #fc227af6
 @app.command()
 def doctor(file: Annotated[Path, typer.Argument(help="file of cells")],
            base: Annotated[str, typer.Option("--base", help="base whose genes are looked for")] = "mini",
@@ -47,7 +47,7 @@ def doctor(file: Annotated[Path, typer.Argument(help="file of cells")],
     print(json.dumps(e, indent=1) if as_json else describe(e))
     if not e["ok"]: raise typer.Exit(2)
 
-# %% ../nbs/08_cli.ipynb #38636dd0
+# %% ../nbs/08_cli.ipynb #1e68fc59
 @app.command()
 def prepare(files: Annotated[list[Path], typer.Argument(help="h5ad files")], label: LabelOpt,
             out: Annotated[Path, typer.Option("--out", help="folder for train.h5ad, val.h5ad and test.h5ad")],
@@ -71,7 +71,7 @@ def prepare(files: Annotated[list[Path], typer.Argument(help="h5ad files")], lab
     if left["small_classes"]: _say("note: types left out, too few cells: " + ", ".join(f"{k} ({v})" for k, v in left["small_classes"].items()))
     if leaks["identical_cells"]: _say(f"warning: {leaks['identical_cells']:,} test cells are identical to training cells")
 
-# %% ../nbs/08_cli.ipynb #ba83222c
+# %% ../nbs/08_cli.ipynb #fcaa3f88
 def _held_out(train):
     path = Path(train).parent / "prepare.json"
     return json.loads(path.read_text())["split"] if path.exists() else None
@@ -85,7 +85,7 @@ _HELP = dict(r="rank of the adapters", alpha="strength of the adapters", dropout
 def _option(name):
     return typer.Option(f"--{name}", help=_HELP[name])
 
-# %% ../nbs/08_cli.ipynb #60b52575
+# %% ../nbs/08_cli.ipynb #bffce659
 @app.command()
 def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells")], label: LabelOpt,
          out: Annotated[Path, typer.Option("--out", help="folder of the bundle")],
@@ -120,7 +120,7 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
     print(f"{out}: {len(clf.classes_)} types, {m['training']['cells']:,} training cells, {m['parameters']['fraction']:.2%} of the parameters trained"
           + (f", validation macro-F1 {last['val_macro_f1']:.3f}" if "val_macro_f1" in last else ""))
 
-# %% ../nbs/08_cli.ipynb #484152ce
+# %% ../nbs/08_cli.ipynb #ab7dc9b7
 def _examined(bundle, test, label, base, units):
     from scimlora.classifier import Classifier
     from scimlora.data import read_cells
@@ -168,7 +168,7 @@ def report(run: Annotated[Path, typer.Argument(help="folder with metrics.json, e
 
     print(write_report(run))
 
-# %% ../nbs/08_cli.ipynb #4639e7d6
+# %% ../nbs/08_cli.ipynb #910538e3
 @app.command()
 def annotate(bundle: BundleArg, file: Annotated[Path, typer.Argument(help="file of cells")],
              out: Annotated[Path, typer.Option("--out", help="ends in .h5ad or .csv")], base: BaseOpt = None, units: UnitsOpt = "auto"):
@@ -192,7 +192,7 @@ def serve(bundle: BundleArg, host: Annotated[str, typer.Option("--host")] = "127
     _say(f"serving {bundle} on http://{host}:{port} (documentation at /docs)")
     uvicorn.run(api, host=host, port=port, log_level="warning")
 
-# %% ../nbs/08_cli.ipynb #c21c7660
+# %% ../nbs/08_cli.ipynb #9c0a8526
 @app.command()
 def demo(out: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("runs/demo"),
          seeds: Annotated[int, typer.Option("--seeds", help="how often to repeat the fine-tune")] = 3,
@@ -217,7 +217,7 @@ def pretrain(out: Annotated[Path, typer.Option("--out", help="folder of the new 
     run(out, without=tuple(without or ()), seed=seed)
     print(out)
 
-# %% ../nbs/08_cli.ipynb #466db87f
+# %% ../nbs/08_cli.ipynb #0514e17c
 def main(args=None):
     """Run the command line and exit with 0, 1 or 2.
 

@@ -6,7 +6,7 @@
 __all__ = ['NORMALISATION', 'read_cells', 'kind_of', 'Expression', 'find_counts', 'gene_match', 'log1p_cp10k', 'Cells',
            'align_cells', 'obs_column']
 
-# %% ../nbs/01_data.ipynb #0f91f6a7
+# %% ../nbs/01_data.ipynb #95a6eb42
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import scipy.sparse as sp
 from .core import InputError
 from .genes import is_ensembl, match_genes
 
-# %% ../nbs/01_data.ipynb #9c0b893c
+# %% ../nbs/01_data.ipynb #4361ced8
 def _check_h5(path):
     if not path.exists(): raise InputError(f"{path}: no such file")
     if path.is_dir(): raise InputError(f"{path}: is a folder; give the .h5ad file in it")
@@ -62,7 +62,7 @@ def read_cells(path):
     if not adata.n_vars: raise InputError(f"{path}: holds no genes; check the filter that made it")
     return adata
 
-# %% ../nbs/01_data.ipynb #8d68d910
+# %% ../nbs/01_data.ipynb #c274655c
 _SCALES = {"log1p_cp10k": 1e4, "log1p_cpm": 1e6}
 
 
@@ -102,7 +102,7 @@ def kind_of(X):
         if total and abs(total / scale - 1) < 1e-2: return kind
     return "log1p_total" if total and X.shape[0] > 1 else "log"
 
-# %% ../nbs/01_data.ipynb #7e25cf9f
+# %% ../nbs/01_data.ipynb #5759f94b
 @dataclass
 class Expression:
     "Hold linear expression values and say where they came from."
@@ -129,8 +129,8 @@ def _as_csr(X, where):
         raise InputError(f"{where}: NaN or infinite values in {bad:,} cells; remove those cells or give the counts")
     return X
 
-# %% ../nbs/01_data.ipynb #78d3eaa2
-_UNITS = ("auto", "counts", "cpm", "log1p")
+# %% ../nbs/01_data.ipynb #818af2fa
+_UNITS = ("auto", "counts", "cpm", "log1p_cp10k")
 
 
 def _pick(adata, units):
@@ -156,9 +156,9 @@ def find_counts(adata, units="auto"):
     ----------
     adata : anndata.AnnData
         Cells, with values in `layers['counts']`, `raw` or `X`.
-    units : {'auto', 'counts', 'cpm', 'log1p'}
+    units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
         What the values are. `'auto'` recognises them, and refuses logarithms whose scale it cannot check;
-        `'log1p'` says that they are natural log1p of normalised values, whatever their total.
+        `'log1p_cp10k'` says that they are natural log1p of normalised values, whatever their total.
 
     Returns
     -------
@@ -173,14 +173,14 @@ def find_counts(adata, units="auto"):
     where, X, var, kind = _pick(adata, units)
     if units == "auto" and kind == "log":
         raise InputError(f"{where}: the values are already logged, on a scale that cannot be told (genes left out after "
-                         "normalising, or another base); give counts in layers['counts'], or say units log1p if they are log1p")
-    if not (kind.startswith("log") or units == "log1p"): return Expression(X, var, where, kind, "")
+                         "normalising, or another base); give counts in layers['counts'], or say units log1p_cp10k if they are that")
+    if not (kind.startswith("log") or units == "log1p_cp10k"): return Expression(X, var, where, kind, "")
     linear = X.astype(np.float64).expm1()
     if X.nnz and not np.isfinite(linear.data).all():
-        raise InputError(f"{where}: units='log1p' was said, but values up to {X.data.max():,.0f} cannot be logarithms")
+        raise InputError(f"{where}: units='log1p_cp10k' was said, but values up to {X.data.max():,.0f} cannot be logarithms")
     return Expression(linear, var, where, kind, "expm1")
 
-# %% ../nbs/01_data.ipynb #67e60b7a
+# %% ../nbs/01_data.ipynb #f7c6647d
 _SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "gene_short_name",
                    "symbol", "hgnc_symbol", "gene", "genes", "features", "name")
 
@@ -218,7 +218,7 @@ def gene_match(var, order):
     raise InputError(f"no gene shared with the model: the file has {', '.join(names)}, …, the model "
                      f"{', '.join(order[:3])}, …; put human gene symbols into var_names")
 
-# %% ../nbs/01_data.ipynb #9d6b4a20
+# %% ../nbs/01_data.ipynb #499d17e6
 NORMALISATION = "align to gene order, scale to 10,000 per cell over those genes, log1p"
 
 
@@ -241,7 +241,7 @@ def log1p_cp10k(X):
     np.log1p(X.data, out=X.data)
     return X.astype(np.float32)
 
-# %% ../nbs/01_data.ipynb #c44ddca3
+# %% ../nbs/01_data.ipynb #cd494c7e
 @dataclass
 class Cells:
     "Hold cells as the model reads them, and what was done to get there."
@@ -258,7 +258,7 @@ class Cells:
         return Cells(self.X[rows], self.obs[rows] if isinstance(rows, slice) else self.obs.iloc[np.arange(len(self))[rows]],
                      self.genes, self.report, self.notes)
 
-# %% ../nbs/01_data.ipynb #d5c8b647
+# %% ../nbs/01_data.ipynb #00839846
 def _notes(r):
     if r["undone"]: yield f"{r['values_from']} held {r['values_kind']} values; the logarithm was undone before normalising"
     if r["not_genes"]: yield f"{r['not_genes']:,} rows are no genes (aligner summaries, spike-ins) and were left out"
@@ -277,7 +277,7 @@ def align_cells(adata, genes, units="auto"):
         Cells with counts (or values that can be turned back) in `layers['counts']`, `raw` or `X`.
     genes : sequence of str, length m
         The model's gene symbols in input order.
-    units : {'auto', 'counts', 'cpm', 'log1p'}
+    units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
         As in `find_counts`.
 
     Returns
@@ -300,7 +300,7 @@ def align_cells(adata, genes, units="auto"):
                   values_kind=e.kind, undone=e.done, empty_cells=int((np.asarray(X.sum(1)).ravel() == 0).sum()))
     return Cells(log1p_cp10k(X), adata.obs.copy(), list(genes), report, list(_notes(report)))
 
-# %% ../nbs/01_data.ipynb #29d20933
+# %% ../nbs/01_data.ipynb #7b23330a
 def obs_column(obs, name, what="label"):
     """Return a column of `obs` as text, with missing values as None.
 

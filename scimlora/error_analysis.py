@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['confused_pairs', 'hardest_cells', 'pair_markers', 'marker_evidence', 'plot_pairs', 'analyse_errors', 'save_errors']
 
-# %% ../nbs/05_error_analysis.ipynb #353a7451
+# %% ../nbs/05_error_analysis.ipynb #4494c9d3
 from pathlib import Path
 
 import anndata as ad
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .core import atomic_path, write_json
 from .evaluation import COLOURS, confusion, save_figure
 
-# %% ../nbs/05_error_analysis.ipynb #9052a87a
+# %% ../nbs/05_error_analysis.ipynb #eb9b6e20
 def confused_pairs(table, n=10):
     """List the most frequent confusions.
 
@@ -39,7 +39,7 @@ def confused_pairs(table, n=10):
     pairs = pairs[(pairs.label != pairs.predicted) & (pairs.cells > 0)]
     return pairs.sort_values(["cells", "share", "label"], ascending=[False, False, True]).head(n).reset_index(drop=True)
 
-# %% ../nbs/05_error_analysis.ipynb #c44450ab
+# %% ../nbs/05_error_analysis.ipynb #a327933a
 def hardest_cells(table, cells, n=20):
     """List the cells whose true label got least, the surest mistakes first, then the least confident hits.
 
@@ -62,7 +62,7 @@ def hardest_cells(table, cells, n=20):
     key = np.where(t.wrong, t.confidence, -t.confidence)
     return t.iloc[np.lexsort((t.cell_id.astype(str), -key, ~t.wrong))].head(n).reset_index(drop=True)
 
-# %% ../nbs/05_error_analysis.ipynb #c0ee2d2c
+# %% ../nbs/05_error_analysis.ipynb #8895cf51
 def pair_markers(cells, table, a, b, n=5):
     """Find genes that tell two cell types apart, from cells that were called rightly.
 
@@ -90,7 +90,7 @@ def pair_markers(cells, table, a, b, n=5):
     names = x.uns["rank_genes_groups"]["names"][a]
     return list(names[:n]), list(names[::-1][:n])
 
-# %% ../nbs/05_error_analysis.ipynb #fce59458
+# %% ../nbs/05_error_analysis.ipynb #72676b5d
 def _between(X, own, other, genes, order):
     "Where cells lie between another type (0) and their own (1) by the mean level of genes."
     x, a, b = (float(m[:, [order[g] for g in genes]].mean()) for m in (X, own, other))
@@ -138,7 +138,7 @@ def marker_evidence(cells, table, pairs, n_markers=5):
         out.append(row)
     return out
 
-# %% ../nbs/05_error_analysis.ipynb #e1352567
+# %% ../nbs/05_error_analysis.ipynb #29377c11
 def plot_pairs(evidence):
     """Draw, for each confused pair, how much of each side's markers its cells express.
 
@@ -160,12 +160,12 @@ def plot_pairs(evidence):
     ax.scatter([e["predicted_marker_level"] for e in rows], range(len(rows)), color=COLOURS[3], marker="D", s=50, label="markers of the prediction")
     ax.set_yticks(range(len(rows)), [f"{e['label']} called {e['predicted']} ({e['cells']})" for e in rows])
     ax.axvline(0.5, color="0.8", lw=1, ls=":", zorder=0)
-    ax.set(xlabel="level of the markers: 0 as the other type, 1 as that type")
+    ax.set(xlabel="marker level (0: other type, 1: that type)")
     fig.legend(frameon=False, loc="outside upper left", ncols=2)
     if not rows: ax.text(.5, .5, "no confused pair with enough cells", ha="center", transform=ax.transAxes)
     return fig
 
-# %% ../nbs/05_error_analysis.ipynb #ba992a87
+# %% ../nbs/05_error_analysis.ipynb #12c8c0ee
 def analyse_errors(cells, table, n_pairs=8, n_cells=25):
     """Collect confused pairs with their marker evidence, and the hardest cells.
 

@@ -6,7 +6,7 @@
 __all__ = ['TuneConfig', 'lora_targets', 'add_lora', 'set_train_mode', 'parameter_counts', 'Head', 'Tuned', 'train_lora',
            'adapter_deltas']
 
-# %% ../nbs/03_lora.ipynb #186c6faa
+# %% ../nbs/03_lora.ipynb #7219afad
 import copy
 import json
 import tempfile
@@ -22,7 +22,7 @@ from torch import nn
 from .base import linear_names
 from .core import InputError, progress, seed_everything
 
-# %% ../nbs/03_lora.ipynb #95d779a1
+# %% ../nbs/03_lora.ipynb #a0816a72
 def _setting(default, help):
     return field(default=default, metadata={"help": help})
 
@@ -33,7 +33,7 @@ class TuneConfig:
     r: int = _setting(8, "rank of the adapters")
     alpha: float = _setting(16, "strength of the adapters; the correction is scaled by alpha / r")
     dropout: float = _setting(0.0, "dropout on the adapters' input, 0 to 1")
-    lr: float = _setting(2e-3, "learning rate of AdamW")
+    lr: float = _setting(1e-3, "learning rate of AdamW")
     weight_decay: float = _setting(0.01, "weight decay of AdamW")
     batch: int = _setting(64, "cells a step")
     epochs: int = _setting(20, "passes over the training cells")
@@ -54,7 +54,7 @@ class TuneConfig:
         "Return the owner's recipe: r 8, alpha 16, dropout 0.05, lr 1e-4, batch 64, 20 epochs, AdamW."
         return cls(**{**dict(dropout=0.05, lr=1e-4, centroid_init=False, keep_best=False), **kw})
 
-# %% ../nbs/03_lora.ipynb #40749074
+# %% ../nbs/03_lora.ipynb #aeeacac9
 def lora_targets(encoder, targets="all"):
     """Return the full names of the layers that get an adapter.
 
@@ -81,7 +81,7 @@ def lora_targets(encoder, targets="all"):
     if wrong: raise InputError(f"targets: no linear layer '{wrong[0]}' in this encoder; it has: {', '.join(names)}")
     return chosen
 
-# %% ../nbs/03_lora.ipynb #e2e4f8c0
+# %% ../nbs/03_lora.ipynb #267032e6
 def add_lora(encoder, config=None):
     """Put LoRA adapters on a copy of a frozen encoder.
 
@@ -115,7 +115,7 @@ def set_train_mode(model):
     for name, m in model.named_modules():
         if "lora_dropout" in name: m.train()
 
-# %% ../nbs/03_lora.ipynb #b3296e6a
+# %% ../nbs/03_lora.ipynb #5ea72ffc
 def parameter_counts(model, head=None):
     """Count what trains and what there is.
 
@@ -134,7 +134,7 @@ def parameter_counts(model, head=None):
     total = sum(p.numel() for p in model.parameters()) + n_head
     return dict(trainable=adapter + n_head, adapter=adapter, head=n_head, total=total, fraction=(adapter + n_head) / total)
 
-# %% ../nbs/03_lora.ipynb #63e628b2
+# %% ../nbs/03_lora.ipynb #16508f5c
 class Head(nn.Module):
     """Map embeddings to logits: a linear layer on z·√d.
 
@@ -170,7 +170,7 @@ class Head(nn.Module):
             self.linear.bias.copy_(-(mu**2).sum(1) / 2 / temperature)
         return self
 
-# %% ../nbs/03_lora.ipynb #8d99fd7f
+# %% ../nbs/03_lora.ipynb #bd026e76
 def _dense(X, rows):
     return torch.from_numpy(X[rows].toarray())
 
@@ -192,7 +192,7 @@ def _macro_f1(y, predicted):
 def _trainable(model, head):
     return [p for p in model.parameters() if p.requires_grad] + list(head.parameters())
 
-# %% ../nbs/03_lora.ipynb #dfc2a83c
+# %% ../nbs/03_lora.ipynb #b96bebdc
 def _epoch(model, head, opt, X, y, batch, rng):
     "One pass over the cells; returns the mean loss."
     set_train_mode(model)
@@ -213,7 +213,7 @@ def _score(model, head, X, y):
     with torch.no_grad(): logits = head(_embed_module(model, X))
     return _macro_f1(y.numpy(), logits.argmax(1).numpy()), F.cross_entropy(logits, y).item()
 
-# %% ../nbs/03_lora.ipynb #5aa2ee38
+# %% ../nbs/03_lora.ipynb #b646c1a6
 @dataclass
 class Tuned:
     "Hold what a fine-tune learned, as plain tensors and numbers."
@@ -232,7 +232,7 @@ def _adapter_files(model):
         model.save_pretrained(d)
         return json.loads((Path(d) / "adapter_config.json").read_text()), load_file(Path(d) / "adapter_model.safetensors")
 
-# %% ../nbs/03_lora.ipynb #b3085b6f
+# %% ../nbs/03_lora.ipynb #1fbdda53
 def train_lora(base, X, y, n_classes, config=None, val=None):
     """Fine-tune adapters and a head on a frozen base.
 
@@ -281,7 +281,7 @@ def _restore(model, head, adapter, head_state):
     model.load_state_dict(adapter, strict=False)
     head.load_state_dict(head_state)
 
-# %% ../nbs/03_lora.ipynb #270202c5
+# %% ../nbs/03_lora.ipynb #ee32afbb
 def adapter_deltas(config, tensors):
     """Turn peft's LoRA files into what is added to each weight.
 

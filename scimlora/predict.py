@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Predictions', 'Predictor', 'provenance', 'annotate', 'annotate_file', 'genes_to_cells']
 
-# %% ../nbs/03c_predict.ipynb #c75bda1b
+# %% ../nbs/03c_predict.ipynb #4af6dba6
 import json
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .data import Cells, align_cells, log1p_cp10k, read_cells
 from .genes import place_genes
 from .lora import adapter_deltas
 
-# %% ../nbs/03c_predict.ipynb #91fd9c47
+# %% ../nbs/03c_predict.ipynb #5c902c34
 @dataclass
 class Predictions:
     "Hold what a predictor says of cells."
@@ -68,7 +68,7 @@ class Predictions:
         return pd.DataFrame(dict(cell_id=list(names), cell_type=self.label, confidence=self.confidence.round(4),
                                  unassigned=self.unassigned, top3=top3, reason=self.reason))
 
-# %% ../nbs/03c_predict.ipynb #83ff278c
+# %% ../nbs/03c_predict.ipynb #9bcc68ce
 class Predictor:
     """Annotate cells with a bundle on its base.
 
@@ -132,7 +132,7 @@ class Predictor:
         reason[np.diff(X.indptr) == 0] = "no counts in the model's genes"
         return reason
 
-# %% ../nbs/03c_predict.ipynb #f33528fb
+# %% ../nbs/03c_predict.ipynb #f73cdc64
 def provenance(predictor, cells):
     """Return what an annotated file says of how it was made.
 
@@ -180,7 +180,7 @@ def annotate(predictor, adata, units="auto"):
     adata.uns["scimlora"] = json.dumps(provenance(predictor, cells))
     return p, cells
 
-# %% ../nbs/03c_predict.ipynb #6118c2e5
+# %% ../nbs/03c_predict.ipynb #34e238ee
 def annotate_file(predictor, path, out, units="auto"):
     """Annotate a file of cells and write an h5ad or a csv.
 
@@ -214,7 +214,7 @@ def annotate_file(predictor, path, out, units="auto"):
         else: adata.write_h5ad(tmp, compression="gzip")
     return p, cells
 
-# %% ../nbs/03c_predict.ipynb #0a57ef12
+# %% ../nbs/03c_predict.ipynb #28405d6b
 def _linear(cell, i, units):
     "One cell's values made linear, and the unit that they were in."
     if not cell: raise InputError(f"cell {i}: no genes given; give at least one, such as {{'CD19': 8.5}}")
@@ -223,9 +223,9 @@ def _linear(cell, i, units):
             raise InputError(f"cell {i}: the value of {g} must be a finite number")
         if v < 0: raise InputError(f"cell {i}: the value of {g} is negative; give counts or log1p values, not scaled ones")
     v = np.array(list(cell.values()), np.float64)
-    if units == "auto": units = "log1p" if (v != np.rint(v)).any() and v.max() < 20 else "counts"
-    if units == "log1p" and v.max() > 50: raise InputError(f"cell {i}: a log1p value of {v.max():g} cannot be; give units='counts'")
-    return (np.expm1(v) if units == "log1p" else v), units
+    if units == "auto": units = "log1p_cp10k" if (v != np.rint(v)).any() and v.max() < 20 else "counts"
+    if units == "log1p_cp10k" and v.max() > 50: raise InputError(f"cell {i}: a log1p value of {v.max():g} cannot be; give units='counts'")
+    return (np.expm1(v) if units == "log1p_cp10k" else v), units
 
 
 def genes_to_cells(cells, genes, units="auto"):
@@ -237,7 +237,7 @@ def genes_to_cells(cells, genes, units="auto"):
         One dictionary a cell.
     genes : sequence of str
         The model's genes.
-    units : {'auto', 'counts', 'cpm', 'log1p'}
+    units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
         What the values are.
 
     Returns

@@ -9,7 +9,7 @@ __all__ = ['MARKERS', 'NEVER', 'HELD_OUT', 'RECIPES', 'label_table', 'class_sets
            'summarise', 'write_annotation', 'make_card', 'card_text', 'write_base', 'pretrain', 'make_mini',
            'load_head']
 
-# %% ../nbs/02a_pretrain.ipynb #4c82700b
+# %% ../nbs/02a_pretrain.ipynb #3c4d1442
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from .data import align_cells, find_counts, gene_match, log1p_cp10k, obs_column
 from .examples import shared, shared_dir
 from .base import BASES, Base, Encoder, fold, load_base, run_layers, save_base
 
-# %% ../nbs/02a_pretrain.ipynb #623de6b2
+# %% ../nbs/02a_pretrain.ipynb #b6d93cdd
 def label_table():
     """Read the reviewed translation of every file's labels.
 
@@ -41,7 +41,7 @@ def label_table():
     """
     return pd.read_csv(BASES / "labels.tsv", sep="\t", keep_default_na=False)
 
-# %% ../nbs/02a_pretrain.ipynb #eb6d489d
+# %% ../nbs/02a_pretrain.ipynb #cabeede0
 def class_sets(dataset, labels, table=None):
     """Translate a file's labels into sets of classes.
 
@@ -69,7 +69,7 @@ def class_sets(dataset, labels, table=None):
         raise InputError(f"{dataset}: label '{odd[0]}' is not in labels.tsv; add a row that says which classes it allows")
     return np.array([known[x] for x in labels], dtype=object)
 
-# %% ../nbs/02a_pretrain.ipynb #c6ea86e1
+# %% ../nbs/02a_pretrain.ipynb #3f176369
 MARKERS = {
     "T cell": "CD3D CD3E CD3G CD2 IL7R TRAC CD4 CD8A CD8B CCR7 SELL LEF1 TCF7 FOXP3 IL2RA CTLA4 TRDC TRGC1 GZMK CD40LG",
     "NK cell": "NKG7 GNLY KLRD1 KLRF1 NCAM1 PRF1 GZMB GZMA FCER1G", "B cell": "MS4A1 CD19 CD79A CD79B CD74 BANK1 TCL1A",
@@ -87,7 +87,7 @@ MARKERS = {
     "progenitor": "PAX6 SOX2 NES HES1 EOMES HOPX MKI67 TOP2A", "stem cell": "POU5F1 NANOG LIN28A DPPA4 TDGF1",
 }
 
-# %% ../nbs/02a_pretrain.ipynb #6f1685ff
+# %% ../nbs/02a_pretrain.ipynb #57323538
 @dataclass
 class Study:
     "Hold one file of the corpus: linear values by gene symbol, and what each cell may be."
@@ -99,7 +99,7 @@ class Study:
     obs: pd.DataFrame
     source: str = ""
 
-# %% ../nbs/02a_pretrain.ipynb #5976cfde
+# %% ../nbs/02a_pretrain.ipynb #0f6655b1
 def as_study(name, adata, units="auto"):
     """Read labelled cells as a study of the corpus.
 
@@ -122,12 +122,12 @@ def as_study(name, adata, units="auto"):
     e = find_counts(adata, units)
     return Study(name, log1p_cp10k(e.X), sp.csr_matrix(e.X), e.var, sets, adata.obs.copy(), str(adata.uns.get("source", "")))
 
-# %% ../nbs/02a_pretrain.ipynb #6087309a
+# %% ../nbs/02a_pretrain.ipynb #0cf5e73b
 def study_table():
     "Read the list of files of the corpus: `dataset`, `accession`, `reference`, `units`, `note`, `licence`."
     return pd.read_csv(BASES / "studies.tsv", sep="\t", keep_default_na=False)
 
-# %% ../nbs/02a_pretrain.ipynb #6f41477c
+# %% ../nbs/02a_pretrain.ipynb #a27ee5bb
 NEVER = ("baron",)  # the benchmark that `mini` has not seen
 
 
@@ -157,7 +157,7 @@ def corpus_studies(without=()):
     rows = table[[not any(w in d for w in left_out) for d in table.dataset]]
     return [as_study(r.dataset, shared(r.dataset), r.units) for r in progress(list(rows.itertuples()), "reading studies")]
 
-# %% ../nbs/02a_pretrain.ipynb #0b549159
+# %% ../nbs/02a_pretrain.ipynb #889c082d
 def study_markers(study, per_class=40):
     """Return the genes that mark a study's classes.
 
@@ -179,7 +179,7 @@ def study_markers(study, per_class=40):
         out.update(genes[np.argsort(own / n - (total - own) / (len(study.sets) - n))[-per_class:]])
     return sorted(out)
 
-# %% ../nbs/02a_pretrain.ipynb #127eaaf1
+# %% ../nbs/02a_pretrain.ipynb #14e4476a
 def choose_genes(studies, n_genes=14500):
     """Choose a base's input genes: markers first, then by how many studies see a gene.
 
@@ -204,7 +204,7 @@ def choose_genes(studies, n_genes=14500):
     seen[seen.index.isin(must) & (seen > 0)] += len(studies) + 1
     return sorted(seen[seen > 0].sort_values(ascending=False, kind="stable").index[:n_genes])
 
-# %% ../nbs/02a_pretrain.ipynb #a0c1d025
+# %% ../nbs/02a_pretrain.ipynb #fd31b4eb
 @dataclass
 class Corpus:
     "Hold the cells of all studies in one gene order."
@@ -216,7 +216,7 @@ class Corpus:
     classes: list
     present: np.ndarray  # (n_studies, n_genes) bool: which genes a study's file has
 
-# %% ../nbs/02a_pretrain.ipynb #155489cc
+# %% ../nbs/02a_pretrain.ipynb #b68d3b0e
 def make_corpus(studies, genes):
     """Put studies into one gene order and one list of classes.
 
@@ -237,7 +237,7 @@ def make_corpus(studies, genes):
     study = np.repeat(np.arange(len(studies)), [len(s.sets) for s in studies])
     return Corpus(X, allowed, study, [s.name for s in studies], genes, classes, np.array([m.getnnz(0) > 0 for m in matches]))
 
-# %% ../nbs/02a_pretrain.ipynb #ef9e721f
+# %% ../nbs/02a_pretrain.ipynb #3dc05c4c
 def vary(X, present, rng, thin=0.5, panel=0.5, drop=0.2):
     """Make cells look as if other laboratories had measured them.
 
@@ -270,7 +270,7 @@ def vary(X, present, rng, thin=0.5, panel=0.5, drop=0.2):
     lin = lin * (masks[which[rows], X.indices] & (rng.random(len(lin)) >= drop))
     return log1p_cp10k(sp.csr_matrix((lin, X.indices, X.indptr), shape=X.shape))
 
-# %% ../nbs/02a_pretrain.ipynb #df619684
+# %% ../nbs/02a_pretrain.ipynb #db2a5f12
 @dataclass
 class Recipe:
     "Say how a base is trained."
@@ -289,7 +289,7 @@ class Recipe:
     balance: float = 0.5  # a class of n cells in a study is drawn in proportion to n ** (1 - balance)
     margin: float = 0.05  # of the triplet
 
-# %% ../nbs/02a_pretrain.ipynb #b8c8b266
+# %% ../nbs/02a_pretrain.ipynb #52c5e37f
 def set_loss(logits, allowed):
     """Return −log of the probability that the class is one of those allowed, averaged over cells.
 
@@ -306,7 +306,7 @@ def set_loss(logits, allowed):
     """
     return (logits.logsumexp(1) - logits.masked_fill(~allowed, -torch.inf).logsumexp(1)).mean()
 
-# %% ../nbs/02a_pretrain.ipynb #c98a0871
+# %% ../nbs/02a_pretrain.ipynb #7dc04435
 def triplet_loss(z, allowed, study, margin=0.05):
     """Return SCimilarity's triplet loss with semi-hard negatives within a batch.
 
@@ -341,7 +341,7 @@ def triplet_loss(z, allowed, study, margin=0.05):
     use = positive.any(1) & negative.any(1)
     return (F.relu(far.squeeze(1) - d.gather(1, n[:, None]).squeeze(1) + margin) * use).sum() / use.sum().clamp(min=1)
 
-# %% ../nbs/02a_pretrain.ipynb #32b22cbd
+# %% ../nbs/02a_pretrain.ipynb #8205f287
 class Pretrainer(nn.Module):
     """Hold the encoder, the label head and the decoder that pretraining needs.
 
@@ -368,7 +368,7 @@ class Pretrainer(nn.Module):
         guess = F.linear(self.decoder[:2](z), last.weight[genes], last.bias[genes])
         return out + r.reconstruct * ((guess - whole) ** 2 * present).sum() / present.sum().clamp(min=1)
 
-# %% ../nbs/02a_pretrain.ipynb #7941be0e
+# %% ../nbs/02a_pretrain.ipynb #913a153d
 def _draw(corpus, recipe, rng):
     # One epoch: as many draws as cells, rarer classes of a study more often than they occur.
     key = corpus.study * (1 << 20) + pd.factorize(pd.Series([x.tobytes() for x in corpus.allowed]))[0]
@@ -376,7 +376,7 @@ def _draw(corpus, recipe, rng):
     w = n[group] ** -float(recipe.balance)
     return rng.choice(len(w), len(w), p=w / w.sum())
 
-# %% ../nbs/02a_pretrain.ipynb #96419a6f
+# %% ../nbs/02a_pretrain.ipynb #163c085a
 def _settle(encoder, corpus, recipe, rng, batches=20):
     # BatchNorm's running statistics, once more and with dropout off, over cells of every study, whole and varied.
     norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm1d)]
@@ -389,7 +389,7 @@ def _settle(encoder, corpus, recipe, rng, batches=20):
     for m in norms: m.momentum = 0.1
     return encoder.eval().requires_grad_(False)
 
-# %% ../nbs/02a_pretrain.ipynb #2029b26f
+# %% ../nbs/02a_pretrain.ipynb #871c1f53
 def train(corpus, recipe=Recipe(), seed=0, settle=True):
     """Train an encoder and its label head.
 
@@ -428,7 +428,7 @@ def train(corpus, recipe=Recipe(), seed=0, settle=True):
     if settle: _settle(model.encoder, corpus, recipe, rng)
     return model.encoder, model.head, losses
 
-# %% ../nbs/02a_pretrain.ipynb #1455f8aa
+# %% ../nbs/02a_pretrain.ipynb #5f854818
 def _batch(corpus, rows, recipe, rng, n_reconstruct=2048):
     X, genes = corpus.X[rows], rng.choice(len(corpus.genes), min(n_reconstruct, len(corpus.genes)), replace=False)
     x = vary(X, corpus.present, rng, recipe.thin, recipe.panel, recipe.input_dropout)
@@ -437,7 +437,7 @@ def _batch(corpus, rows, recipe, rng, n_reconstruct=2048):
     return (torch.from_numpy(x.toarray()), torch.from_numpy(whole), torch.from_numpy(corpus.allowed[rows]),
             torch.from_numpy(corpus.study[rows]), torch.from_numpy(present), torch.from_numpy(genes))
 
-# %% ../nbs/02a_pretrain.ipynb #c1bc64a0
+# %% ../nbs/02a_pretrain.ipynb #5522bff8
 HELD_OUT = dict(baron="pancreas_baron_h1", enge="pancreas_enge2017_cpm", kang="pbmc_kang2018_ctrl", darmanis="brain_darmanis2015")
 
 
@@ -468,7 +468,7 @@ def few_shot(z, y, shots=5, seed=0):
     models = dict(linear=LogisticRegression(max_iter=500), knn=KNeighborsClassifier(3))
     return {k: 100 * f1_score(y[test], m.fit(z[train], y[train]).predict(z[test]), average="macro") for k, m in models.items()}
 
-# %% ../nbs/02a_pretrain.ipynb #4db248e3
+# %% ../nbs/02a_pretrain.ipynb #5b3f8899
 def score_base(adata, encoder, genes, shots=(3, 5, 25), draws=3, min_cells=15, seed=0):
     """Measure a frozen encoder on a study, next to a random encoder, principal components and the genes themselves.
 
@@ -505,10 +505,10 @@ def score_base(adata, encoder, genes, shots=(3, 5, 25), draws=3, min_cells=15, s
             "PCA": PCA(50, random_state=0).fit_transform(X), "genes": X}
     return [dict(method=k, shots=s, draw=d, **few_shot(z, y, s, d)) for k, z in ways.items() for s in shots for d in range(draws)]
 
-# %% ../nbs/02a_pretrain.ipynb #8f46ad39
+# %% ../nbs/02a_pretrain.ipynb #6720cd90
 RECIPES = {"base": Recipe(), "SCimilarity's objective": Recipe(objective="triplet", reconstruct=0.999)}
 
-# %% ../nbs/02a_pretrain.ipynb #3f909e9e
+# %% ../nbs/02a_pretrain.ipynb #8039d819
 def held_out_rows(name, seed=0, method="base"):
     """Pretrain without one study and measure the base on it.
 
@@ -532,7 +532,7 @@ def held_out_rows(name, seed=0, method="base"):
     rows = pd.DataFrame(score_base(shared(HELD_OUT[name]), encoder, corpus.genes, seed=seed)).assign(study=name, seed=seed)
     return rows if method == "base" else rows[rows.method == "base"].assign(method=method)
 
-# %% ../nbs/02a_pretrain.ipynb #782d271b
+# %% ../nbs/02a_pretrain.ipynb #50f1d911
 def held_out_table(names=tuple(HELD_OUT), seeds=(0, 1, 2)):
     """Pretrain without each study in turn, with several seeds, and measure the bases.
 
@@ -551,7 +551,7 @@ def held_out_table(names=tuple(HELD_OUT), seeds=(0, 1, 2)):
     units = [(n, s, m) for n in names for m in RECIPES for s in (seeds if m == "base" else seeds[:1])]
     return pd.concat([held_out_rows(*u) for u in progress(units, "held-out studies")], ignore_index=True)
 
-# %% ../nbs/02a_pretrain.ipynb #74848be5
+# %% ../nbs/02a_pretrain.ipynb #945926ac
 def summarise(rows):
     """Average the rows of `held_out_table` over seeds and draws.
 
@@ -570,7 +570,7 @@ def summarise(rows):
         out.append(dict(study=study, method=method, shots=int(shots), **values, seeds=g.seed.nunique(), draws=g.draw.nunique()))
     return out
 
-# %% ../nbs/02a_pretrain.ipynb #ac8e4e99
+# %% ../nbs/02a_pretrain.ipynb #6adbe49c
 def write_annotation(path, encoder, corpus, per_class=40, seed=0):
     """Write a nearest-neighbour index of labelled prototypes, as SCimilarity's `CellAnnotation` reads it.
 
@@ -603,7 +603,7 @@ def write_annotation(path, encoder, corpus, per_class=40, seed=0):
     lines = [f"{corpus.classes[label[i]]}\t{corpus.names[corpus.study[i]]}\n" for i in rows]
     (path / "annotation" / "reference_labels.tsv").write_text("".join(lines), encoding="utf-8")
 
-# %% ../nbs/02a_pretrain.ipynb #f67efe4a
+# %% ../nbs/02a_pretrain.ipynb #98e61e12
 def make_card(corpus, studies, recipe, seed, losses, seconds, held_out=None):
     """Gather what a reader has to know about a base.
 
@@ -630,7 +630,7 @@ def make_card(corpus, studies, recipe, seed, losses, seconds, held_out=None):
                 loss=[round(x, 4) for x in losses], seconds=round(seconds, 1), held_out=[] if held_out is None else summarise(held_out),
                 never_seen=list(NEVER), versions=versions("scimlora", "torch", "numpy", "scipy"))
 
-# %% ../nbs/02a_pretrain.ipynb #d80fd99e
+# %% ../nbs/02a_pretrain.ipynb #7838b7cd
 _NOT_FOR = ["clinical use or any decision about a person", "species other than human",
             "tissues that are not listed above: it will place their cells, and place them wrongly",
             "telling malignant from normal cells: the malignant cells seen are of two tumour types",
@@ -641,7 +641,7 @@ def _table(rows, columns):
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     return "\n".join(lines + ["| " + " | ".join(str(r[c]) for c in columns) + " |" for r in rows])
 
-# %% ../nbs/02a_pretrain.ipynb #aeda9393
+# %% ../nbs/02a_pretrain.ipynb #1216191d
 def card_text(name, card):
     """Write a base's card as Markdown.
 
@@ -687,7 +687,7 @@ looking at such scores: take differences under 2 points as ties. The principal c
 
 """ + "\n".join(f"- {x}" for x in _NOT_FOR) + "\n"
 
-# %% ../nbs/02a_pretrain.ipynb #0aa63dfe
+# %% ../nbs/02a_pretrain.ipynb #1e87f26a
 def write_base(out, corpus, encoder, head, card, index=True):
     """Write a pretrained base with its label head, index and card, whole or not at all.
 
@@ -717,7 +717,7 @@ def write_base(out, corpus, encoder, head, card, index=True):
         if index: write_annotation(tmp, base.encoder, corpus)
     return load_base(out)
 
-# %% ../nbs/02a_pretrain.ipynb #ff145b66
+# %% ../nbs/02a_pretrain.ipynb #6b219a79
 def pretrain(out, without=(), seed=0, recipe=None, studies=None, held_out=None, index=True):
     """Pretrain a base and write it in SCimilarity's format.
 
@@ -752,13 +752,14 @@ def pretrain(out, without=(), seed=0, recipe=None, studies=None, held_out=None, 
     card = make_card(corpus, studies, recipe, seed, losses, time.time() - start, held_out)
     return write_base(out, corpus, encoder, head, card, index)
 
-# %% ../nbs/02a_pretrain.ipynb #41e7719f
-def make_mini(out=BASES / "mini", seeds=(0, 1, 2)):
-    """Make the embedded base with its held-out numbers; about 20 minutes on two cores.
+# %% ../nbs/02a_pretrain.ipynb #859730b2
+def make_mini(out=None, seeds=(0, 1, 2)):
+    """Make the embedded base with its held-out numbers.
 
     Parameters
     ----------
-    out : str or Path
+    out : str or Path, optional
+        By default where the package keeps it.
     seeds : sequence of int
         Of the held-out pretrainings; the base itself has the first.
 
@@ -766,9 +767,9 @@ def make_mini(out=BASES / "mini", seeds=(0, 1, 2)):
     -------
     Base
     """
-    return pretrain(out, seed=seeds[0], held_out=held_out_table(seeds=seeds))
+    return pretrain(out or BASES / "mini", seed=seeds[0], held_out=held_out_table(seeds=seeds))
 
-# %% ../nbs/02a_pretrain.ipynb #b9b0baea
+# %% ../nbs/02a_pretrain.ipynb #d23f46b5
 def load_head(path):
     """Read a base's label head.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Value', 'Units', 'answer', 'Cell', 'PredictRequest', 'BatchRequest', 'Label', 'Prediction', 'BodyLimit', 'create_app']
 
-# %% ../nbs/06_serve.ipynb #f1ead8d2
+# %% ../nbs/06_serve.ipynb #b6521262
 import json
 import tempfile
 from pathlib import Path
@@ -21,7 +21,7 @@ from .core import InputError, versions
 from .data import read_cells
 from .predict import Predictor, annotate, genes_to_cells
 
-# %% ../nbs/06_serve.ipynb #ebdf9a99
+# %% ../nbs/06_serve.ipynb #1349e687
 _FEW_GENES = 200
 
 
@@ -33,7 +33,7 @@ def answer(predictor, cells, units="auto", k=5):
     predictor : Predictor
     cells : sequence of dict of str to float
         One dictionary a cell, such as `{'CD19': 8.5, 'MS4A1': 9.2}`.
-    units : {'auto', 'counts', 'cpm', 'log1p'}
+    units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
         What the values are.
     k : int
         How many labels to list.
@@ -59,9 +59,9 @@ def answer(predictor, cells, units="auto", k=5):
                         genes_used=int(r.genes_used), genes_unknown=int(r.genes_unknown), warnings=warnings))
     return out
 
-# %% ../nbs/06_serve.ipynb #9ca3706c
+# %% ../nbs/06_serve.ipynb #5a2aec50
 Value = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
-Units = Literal["auto", "counts", "cpm", "log1p"]
+Units = Literal["auto", "counts", "cpm", "log1p_cp10k"]
 _EXAMPLE = {"expression": {"CD19": 8.5, "MS4A1": 9.2, "CD79A": 7.8, "CD79B": 7.5}}
 
 
@@ -99,7 +99,7 @@ class Prediction(Label):
     genes_unknown: int
     warnings: list[str]
 
-# %% ../nbs/06_serve.ipynb #3e62e3fb
+# %% ../nbs/06_serve.ipynb #6097dc88
 class BodyLimit:
     """Answer 413 to bodies over a limit, counted while they arrive (ASGI middleware).
 
@@ -136,7 +136,7 @@ class BodyLimit:
         except TooLarge:
             if not started: await JSONResponse({"detail": f"the body is larger than {limit:,} bytes"}, 413)(scope, receive, send)
 
-# %% ../nbs/06_serve.ipynb #d7a53a03
+# %% ../nbs/06_serve.ipynb #4cdb8fbf
 def _no_duplicates(pairs):
     out = dict(pairs)
     if len(out) < len(pairs):
@@ -153,7 +153,7 @@ async def _parsed(request, model):
         raise InputError(f"the body is no JSON ({type(e).__name__}); send {json.dumps(_EXAMPLE)}") from None
     return model.model_validate(value)
 
-# %% ../nbs/06_serve.ipynb #0b87c5cd
+# %% ../nbs/06_serve.ipynb #ca754b5d
 def _problem(loc, text):
     # The input itself stays out of the answer: it may hold NaN, which is no JSON, or a megabyte.
     return f"{'.'.join(map(str, loc))[:200]}: {text}" if loc else text
@@ -188,7 +188,7 @@ def create_app(bundle, base=None, max_json=8 << 20, max_file=512 << 20):
     _routes_predict(app, predictor)
     return app
 
-# %% ../nbs/06_serve.ipynb #5cf073c6
+# %% ../nbs/06_serve.ipynb #948de4a0
 def _error_handlers(app):
     @app.exception_handler(InputError)
     async def bad_input(request: Request, e: InputError): return JSONResponse({"detail": str(e)}, 422)
@@ -214,7 +214,7 @@ def _routes_about(app, predictor):
     @app.get("/model", summary="The bundle's manifest and calibration")
     def model(): return {**b.manifest, "calibration": b.calibration.to_dict(), "genes": len(predictor.genes)}
 
-# %% ../nbs/06_serve.ipynb #7573df7e
+# %% ../nbs/06_serve.ipynb #31bfe28e
 def _table_of(predictor, upload, units):
     "Annotate an uploaded h5ad; returns the table and the notes."
     with tempfile.TemporaryDirectory() as d:
