@@ -6,7 +6,7 @@
 __all__ = ['BASES', 'Encoder', 'Layer', 'linear_names', 'fold', 'run_layers', 'encoder_from_state', 'Base', 'base_path',
            'load_base', 'save_base']
 
-# %% ../nbs/02_base.ipynb #838149d9
+# %% ../nbs/02_base.ipynb #95fac0e7
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 from .core import InputError, atomic_dir, sha256
 from .data import Cells, align_cells
 
-# %% ../nbs/02_base.ipynb #2f1261b4
+# %% ../nbs/02_base.ipynb #12fc52e9
 class Encoder(nn.Module):
     """Map log1p CP10K expression to a point on the unit sphere, as SCimilarity's encoder does.
 
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         for layer in self.network: x = layer(x)
         return F.normalize(x, p=2, dim=1)
 
-# %% ../nbs/02_base.ipynb #428fe667
+# %% ../nbs/02_base.ipynb #553c5b3d
 @dataclass
 class Layer:
     "Hold one folded layer: `y = PReLU(x @ weight + bias)`; no bend after the last."
@@ -91,8 +91,17 @@ def fold(encoder, deltas=None):
     Returns
     -------
     list of Layer
+
+    Raises
+    ------
+    InputError
+        If a delta is for a layer that the encoder does not have, or of another shape.
     """
-    out = []
+    out, shapes = [], {n: list(m.weight.shape) for n, m in encoder.named_modules() if isinstance(m, nn.Linear)}
+    for name, d in (deltas or {}).items():
+        if shapes.get(name) != list(d.shape):
+            raise InputError(f"adapter_model.safetensors: layer {name} of shape {list(d.shape)} does not fit the base, which has "
+                             f"{shapes.get(name, 'no such layer')}; give the base that it was made on")
     for i, block in enumerate(encoder.network):
         linear, norm, bend = (block[1], block[2], block[3]) if isinstance(block, nn.Sequential) else (block, None, None)
         name = f"network.{i}.1" if norm is not None else f"network.{i}"
@@ -105,7 +114,7 @@ def fold(encoder, deltas=None):
         out.append(Layer(np.ascontiguousarray(W.T.float().numpy()), b.float().numpy(), slope))
     return out
 
-# %% ../nbs/02_base.ipynb #2f9f7339
+# %% ../nbs/02_base.ipynb #09551b56
 def run_layers(layers, X, batch=2048):
     """Embed cells with folded layers.
 
@@ -132,7 +141,7 @@ def run_layers(layers, X, batch=2048):
         out[a:a + batch] = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
     return out
 
-# %% ../nbs/02_base.ipynb #4327dc71
+# %% ../nbs/02_base.ipynb #9d251adb
 def _layer_sizes(state):
     return {k: list(v.shape) for k, v in state.items()}
 
@@ -164,14 +173,15 @@ def encoder_from_state(state, where="encoder.ckpt"):
     """
     linears = [k for k in state if k.endswith("weight") and state[k].ndim == 2]
     if not linears: raise InputError(f"{where}: has no linear layers; is it a SCimilarity encoder?")
-    linears.sort(key=lambda k: int(k.split(".")[1]))
+    try: linears.sort(key=lambda k: int(k.removeprefix("network.").split(".")[0]))
+    except ValueError: raise InputError(f"{where}: is no SCimilarity encoder, it has a layer {linears[0]}; give the folder of one") from None
     enc = Encoder(state[linears[0]].shape[1], [state[k].shape[0] for k in linears[:-1]], state[linears[-1]].shape[0])
     try: enc.load_state_dict(state)
     except RuntimeError as e:
         raise InputError(f"{where}: is no SCimilarity encoder ({str(e).splitlines()[-1].strip()})") from None
     return enc.eval().requires_grad_(False)
 
-# %% ../nbs/02_base.ipynb #13af32c8
+# %% ../nbs/02_base.ipynb #1127622e
 BASES = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../scimlora/assets").resolve()
 _FILES = ("encoder.ckpt", "gene_order.tsv", "layer_sizes.json", "label_ints.csv")
 
@@ -216,7 +226,7 @@ class Base:
         if sp.issparse(cells): return run_layers(self.layers, sp.csr_matrix(cells))
         return run_layers(self.layers, align_cells(cells, self.genes, units).X)
 
-# %% ../nbs/02_base.ipynb #a868bde2
+# %% ../nbs/02_base.ipynb #4026bc45
 def base_path(base):
     """Resolve the name of an embedded base, or the path of a SCimilarity directory.
 
@@ -261,7 +271,8 @@ def load_base(base="mini"):
     """
     path = base_path(base)
     encoder = encoder_from_state(_load_state(path / "encoder.ckpt"), path / "encoder.ckpt")
-    genes = [g.strip() for g in (path / "gene_order.tsv").read_text(encoding="utf-8").splitlines() if g.strip()]
+    try: genes = [g.strip() for g in (path / "gene_order.tsv").read_text(encoding="utf-8").splitlines() if g.strip()]
+    except UnicodeDecodeError: raise InputError(f"{path}/gene_order.tsv: is no UTF-8 text; fetch the base again") from None
     n = encoder.network[0][1].in_features
     if len(genes) != n: raise InputError(f"{path}: gene_order.tsv has {len(genes):,} genes, the encoder reads {n:,}; fetch the base again")
     try: labels = pd.read_csv(path / "label_ints.csv", index_col=0)["0"].to_dict()
@@ -272,7 +283,7 @@ def load_base(base="mini"):
 
 Base.load = staticmethod(load_base)
 
-# %% ../nbs/02_base.ipynb #8257b942
+# %% ../nbs/02_base.ipynb #ca19e497
 def save_base(base, path, half=False):
     """Write a base in SCimilarity's directory format.
 

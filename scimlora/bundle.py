@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'FILES', 'Bundle', 'model_card', 'check_target', 'save_bundle', 'bundle_path', 'load_bundle', 'base_of']
 
-# %% ../nbs/03b_bundle.ipynb #713974f3
+# %% ../nbs/03b_bundle.ipynb #7ebca0b0
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 
 from .base import BASES, load_base
 from .calibration import Calibration
-from .core import InputError, atomic_dir, read_json, write_json
-from .lora import Head
+from .core import InputError, atomic_dir, check_output, read_json, write_json
+from .data import NORMALISATION
+from .lora import Head, adapter_deltas
 
-# %% ../nbs/03b_bundle.ipynb #bfe07b4a
+# %% ../nbs/03b_bundle.ipynb #3c7b9b04
 SCHEMA = 1
 FILES = ("manifest.json", "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "label_classes.txt", "calibration.json")
 
@@ -44,7 +45,7 @@ class Bundle:
         "Name of the base that the adapter belongs to."
         return self.manifest["base"]["name"]
 
-# %% ../nbs/03b_bundle.ipynb #db89dee0
+# %% ../nbs/03b_bundle.ipynb #c2f4c95f
 def _card_numbers(metrics):
     rows = [(k, metrics[k]) for k in ("n_cells", "accuracy", "macro_f1", "balanced_accuracy", "ece") if metrics.get(k) is not None]
     for name, m in metrics.get("baselines", {}).items(): rows.append((f"macro_f1 of {name}", m["macro_f1"]))
@@ -81,7 +82,7 @@ def model_card(bundle):
         "## Limits", "", "It knows no other cell types than these. Cells far from all of them are marked unassigned, which "
         "does not catch every stranger. Not for clinical use.", ""])
 
-# %% ../nbs/03b_bundle.ipynb #1402ba9d
+# %% ../nbs/03b_bundle.ipynb #398fd343
 def _write(folder, b):
     write_json(folder / "manifest.json", b.manifest)
     write_json(folder / "adapter_config.json", b.adapter_config)
@@ -112,8 +113,7 @@ def check_target(path):
     InputError
         If `path` is a file, or a folder with something else than a bundle in it, which would be lost.
     """
-    path = Path(path)
-    if path.exists() and not path.is_dir(): raise InputError(f"{path}: is a file; give a folder for the bundle")
+    path = check_output(path, folder=True)
     if path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
         raise InputError(f"{path}: is a folder with other things in it; give a new one for the bundle")
     return path
@@ -142,7 +142,7 @@ def save_bundle(bundle, path):
     bundle.path = path
     return path
 
-# %% ../nbs/03b_bundle.ipynb #847f3200
+# %% ../nbs/03b_bundle.ipynb #795f56c9
 def _tensors(path):
     try:
         with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
@@ -172,7 +172,47 @@ def bundle_path(bundle):
     if lacking: raise InputError(f"{path}: is no bundle, it lacks {', '.join(lacking)}")
     return path
 
-# %% ../nbs/03b_bundle.ipynb #ceb7f982
+# %% ../nbs/03b_bundle.ipynb #6f3d6ead
+def _manifest(path):
+    "The manifest, with what the rest of the code relies on checked."
+    m = read_json(path / "manifest.json")
+    if not isinstance(m, dict) or "schema_version" not in m: raise InputError(f"{path}/manifest.json: names no schema version; copy the bundle again")
+    if m["schema_version"] != SCHEMA:
+        raise InputError(f"{path}: schema version {m['schema_version']}, this scimlora reads {SCHEMA}; update scimlora")
+    base = m.get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("name"), str):
+        raise InputError(f"{path}/manifest.json: does not name its base; copy the bundle again")
+    if not isinstance(base.get("sha256"), dict) or "encoder.ckpt" not in base["sha256"]:
+        raise InputError(f"{path}/manifest.json: has no sha256 of its base; copy the bundle again")
+    lacking = [k for k in ("normalisation", "versions", "parameters", "training") if k not in m]
+    if lacking: raise InputError(f"{path}/manifest.json: lacks {', '.join(lacking)}; copy the bundle again")
+    if m["normalisation"] != NORMALISATION:
+        raise InputError(f"{path}: was made with another normalisation ({m['normalisation']}), this scimlora knows: {NORMALISATION}; tune it again")
+    return m
+
+
+def _labels(path):
+    try: classes = (path / "label_classes.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError: raise InputError(f"{path}/label_classes.txt: is no UTF-8 text; copy the bundle again") from None
+    twice = next((c for c in classes if classes.count(c) > 1), None)
+    if twice is not None: raise InputError(f"{path}/label_classes.txt: holds '{twice}' twice; copy the bundle again")
+    return classes
+
+
+def _head(path, classes):
+    "The head and the class centroids."
+    t, file = _tensors(path / "head.safetensors")[0], f"{path}/head.safetensors"
+    for k in ("weight", "bias", "centroids"):
+        if k not in t: raise InputError(f"{file}: lacks {k}; copy the bundle again")
+        if not t[k].isfinite().all(): raise InputError(f"{file}: {k} holds NaN or infinite values; tune again")
+    n, d = t["weight"].shape if t["weight"].ndim == 2 else (0, 0)
+    if n != len(classes): raise InputError(f"{path}: label_classes.txt has {len(classes)} labels, the head {n}; copy the bundle again")
+    if list(t["bias"].shape) != [n] or list(t["centroids"].shape) != [n, d]: raise InputError(f"{file}: its parts do not fit each other; copy the bundle again")
+    head = Head(d, n)
+    head.linear.load_state_dict({k: t[k] for k in ("weight", "bias")})
+    return head.requires_grad_(False), t["centroids"].numpy()
+
+# %% ../nbs/03b_bundle.ipynb #ec110252
 def load_bundle(bundle):
     """Open a bundle.
 
@@ -191,26 +231,20 @@ def load_bundle(bundle):
         If files are missing, damaged, do not fit each other, or were written by a newer schema.
     """
     path = bundle_path(bundle)
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("schema_version") != SCHEMA:
-        raise InputError(f"{path}: schema version {manifest.get('schema_version')}, this scimlora reads {SCHEMA}; update scimlora")
-    classes = (path / "label_classes.txt").read_text(encoding="utf-8").splitlines()
-    h, _ = _tensors(path / "head.safetensors")
-    if h["weight"].shape[0] != len(classes):
-        raise InputError(f"{path}: label_classes.txt has {len(classes)} labels, the head {h['weight'].shape[0]}; copy the bundle again")
-    head = Head(h["weight"].shape[1], len(classes))
-    head.linear.load_state_dict({k: h[k] for k in ("weight", "bias")})
-    base = (path / "baselines.safetensors")
-    tensors, info = _tensors(base) if base.exists() else ({}, {})
-    return Bundle(manifest, read_json(path / "adapter_config.json"), _tensors(path / "adapter_model.safetensors")[0],
-                  head.requires_grad_(False), classes, Calibration(**read_json(path / "calibration.json")), h["centroids"].numpy(),
+    manifest, classes = _manifest(path), _labels(path)
+    head, centroids = _head(path, classes)
+    config, adapter = read_json(path / "adapter_config.json"), _tensors(path / "adapter_model.safetensors")[0]
+    adapter_deltas(config, adapter)  # checks that they fit each other
+    stored = path / "baselines.safetensors"
+    tensors, info = _tensors(stored) if stored.exists() else ({}, {})
+    return Bundle(manifest, config, adapter, head, classes, Calibration.from_dict(read_json(path / "calibration.json")), centroids,
                   tensors, json.loads(info.get("info", "{}")), path)
 
 
 Bundle.load = staticmethod(load_bundle)
 Bundle.save = save_bundle
 
-# %% ../nbs/03b_bundle.ipynb #4136cb50
+# %% ../nbs/03b_bundle.ipynb #856a79e8
 def base_of(bundle, base=None):
     """Open the base that a bundle belongs to, and check that it is the one.
 
@@ -238,4 +272,6 @@ def base_of(bundle, base=None):
         if base.sha256.get(f) != sha:
             raise InputError(f"the bundle was made on base '{want['name']}', and {base.name} is another ({f} differs); "
                              "give the right one with --base DIR")
+    if bundle.head is not None and bundle.head.linear.in_features != base.latent:
+        raise InputError(f"head.safetensors: reads {bundle.head.linear.in_features} numbers a cell, the base gives {base.latent}; copy the bundle again")
     return base

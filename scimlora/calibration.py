@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['fit_temperature', 'ece', 'confidence_threshold', 'Calibration', 'centroid_distance', 'fit_calibration']
 
-# %% ../nbs/03a_calibration.ipynb #48875b7c
-from dataclasses import asdict, dataclass
+# %% ../nbs/03a_calibration.ipynb #77cd4481
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-# %% ../nbs/03a_calibration.ipynb #e2bb8a60
+from .core import InputError
+
+# %% ../nbs/03a_calibration.ipynb #eec1ce44
 def fit_temperature(logits, y):
     """Find the temperature that makes held-out cells most likely.
 
@@ -38,7 +40,7 @@ def fit_temperature(logits, y):
     loss = lambda t: -log_softmax(logits / np.exp(t), axis=1)[rows, y].sum() + t**2
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
 
-# %% ../nbs/03a_calibration.ipynb #6fdd4679
+# %% ../nbs/03a_calibration.ipynb #271ec4e5
 def ece(confidence, correct, bins=15):
     """Compute the expected calibration error.
 
@@ -63,7 +65,7 @@ def ece(confidence, correct, bins=15):
     gaps = [abs(np.mean(correct[which == b]) - np.mean(confidence[which == b])) * (which == b).sum() for b in np.unique(which)]
     return float(np.sum(gaps) / max(1, len(which)))
 
-# %% ../nbs/03a_calibration.ipynb #4c56e809
+# %% ../nbs/03a_calibration.ipynb #c2bbb9ae
 def confidence_threshold(confidence, correct, error=0.05):
     """Find the lowest confidence at which assigned cells are wrong at most so often.
 
@@ -87,7 +89,7 @@ def confidence_threshold(confidence, correct, error=0.05):
     good = np.flatnonzero(wrong <= error)
     return float(confidence[order[good[-1] if len(good) else int(np.argmin(wrong))]])
 
-# %% ../nbs/03a_calibration.ipynb #a2ead6cd
+# %% ../nbs/03a_calibration.ipynb #0e466b7b
 @dataclass
 class Calibration:
     "Hold what turns logits and embeddings into probabilities and a decision to assign."
@@ -102,11 +104,23 @@ class Calibration:
         "Return probabilities, shape (n_cells, n_classes), rows that sum to 1."
         return softmax(np.asarray(logits, np.float64) / self.temperature, axis=1)
 
+    @classmethod
+    def from_dict(cls, values):
+        "Build it from what calibration.json holds; raise InputError if that is not what `to_dict` gave."
+        known = {f.name: f.type for f in fields(cls)}
+        bad = "no object" if not isinstance(values, dict) else next((f"an unknown key {k!r}" for k in values if k not in known), None)
+        for k, kind in known.items():
+            if bad: break
+            v = values.get(k)
+            if kind is not str and (type(v) not in (int, float) or v < 0 or (k == "temperature" and not v)): bad = f"{k} = {v!r}"
+        if bad: raise InputError(f"calibration.json: holds {bad}; copy the bundle again")
+        return cls(**values)
+
     def to_dict(self):
         "Return plain values, as calibration.json keeps them."
         return asdict(self)
 
-# %% ../nbs/03a_calibration.ipynb #920adf85
+# %% ../nbs/03a_calibration.ipynb #622aa008
 def centroid_distance(z, centroids):
     """Return each cell's cosine distance to the nearest class centroid.
 

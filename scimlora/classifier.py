@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Classifier', 'tune']
 
-# %% ../nbs/05b_classifier.ipynb #2d4d3dab
+# %% ../nbs/05b_classifier.ipynb #bf380870
 import datetime
 import time
 from dataclasses import asdict, replace
@@ -22,12 +22,15 @@ from .lora import TuneConfig, train_lora
 from .predict import Predictor, annotate
 from .splits import split
 
-# %% ../nbs/05b_classifier.ipynb #a5d8894f
-def _usable(labels, min_cells):
+# %% ../nbs/05b_classifier.ipynb #80461e61
+def _usable(labels, min_cells, column="label"):
     "Rows to use, and notes on what was left out."
     rows = np.flatnonzero([x is not None for x in labels])
     notes = [f"{len(labels) - len(rows):,} cells without a label were left out"] if len(rows) < len(labels) else []
+    if not len(rows): raise InputError(f"no cell has a label: all {len(labels):,} values of '{column}' are missing; name another column with --label")
     names, n = np.unique(labels[rows].astype(str), return_counts=True)
+    odd = next((str(k) for k in names if not str(k).isprintable()), None)
+    if odd is not None: raise InputError(f"the label {odd!r} holds a line break or another control character; rename it")
     small = {str(k): int(v) for k, v in zip(names, n) if v < min_cells}
     if small:
         rows = rows[~np.isin(labels[rows].astype(str), list(small))]
@@ -41,7 +44,7 @@ def _usable(labels, min_cells):
     if len(names) < 2: raise InputError(f"all cells are '{names[0]}'; a classifier needs at least two types, check the label column")
     return rows, notes
 
-# %% ../nbs/05b_classifier.ipynb #ac6a5561
+# %% ../nbs/05b_classifier.ipynb #6381b9e3
 def _validation(labels, donors, share, column, seed):
     "Split off validation cells; every class keeps training cells."
     few = donors is None or len({d for d in donors if d is not None}) < 3
@@ -55,7 +58,7 @@ def _validation(labels, donors, share, column, seed):
     s.side = side.astype(str)
     return s
 
-# %% ../nbs/05b_classifier.ipynb #1e30d0b5
+# %% ../nbs/05b_classifier.ipynb #5621979d
 _NO_TEST = dict(kind="none", column="", groups={}, notes=["the command that tuned it set no test cells aside"])
 _PACKAGES = ("scimlora", "torch", "peft", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
 
@@ -80,7 +83,7 @@ def _calibrated(bundle, base, X, y, s, error):
     bundle.calibration = fit_calibration(p.logits(z[val]), y[val], z[val], bundle.centroids, error, source=which)
     return Predictor(bundle, base)
 
-# %% ../nbs/05b_classifier.ipynb #0ef37322
+# %% ../nbs/05b_classifier.ipynb #a65eda4f
 def _tune(base, cells, y, classes, s, donors, config, error, baselines, label, donor, notes, title, held_out):
     train, val, start = s.side == "train", s.side == "val", time.perf_counter()
     tuned = train_lora(base, cells.X[train], y[train], len(classes), config, (cells.X[val], y[val]) if val.any() else None)
@@ -92,7 +95,7 @@ def _tune(base, cells, y, classes, s, donors, config, error, baselines, label, d
         bundle.baselines, bundle.baselines_info = fit_baselines(base, cells.X, y, classes, donors, config.seed)
     return predictor
 
-# %% ../nbs/05b_classifier.ipynb #bb7f2e54
+# %% ../nbs/05b_classifier.ipynb #1b272309
 class Classifier:
     """Annotate, evaluate and save a fine-tuned bundle on its base; made by `Classifier.tune` or `Classifier.load`.
 
@@ -143,7 +146,7 @@ class Classifier:
         known = {c: True for c in self.classes_}
         return metrics, table, cells[np.array([known.get(x, False) for x in labels])]
 
-# %% ../nbs/05b_classifier.ipynb #57ed6fc0
+# %% ../nbs/05b_classifier.ipynb #8ccf7e4c
 def tune(adata, label, donor=None, base="mini", config=None, min_cells=1, val_share=0.2, error=0.05, baselines=True,
          units="auto", title="", held_out=None, **settings):
     """Fine-tune adapters and a head on labelled cells. Also `Classifier.tune`.
@@ -189,8 +192,9 @@ def tune(adata, label, donor=None, base="mini", config=None, min_cells=1, val_sh
     base = base if hasattr(base, "encoder") else load_base(base)
     labels = obs_column(adata.obs, label)
     donors = None if donor is None else obs_column(adata.obs, donor, "donor")
-    rows, notes = _usable(labels, min_cells)
+    rows, notes = _usable(labels, min_cells, label)
     cells = align_cells(adata[rows], base.genes, units)
+    if cells.report["empty_cells"] == len(cells): raise InputError("no cell has any counts in the model's genes; the values are all zero")
     names, donors = labels[rows], None if donors is None else donors[rows]
     classes = sorted(set(names))
     y = np.array([classes.index(n) for n in names])

@@ -6,18 +6,19 @@
 __all__ = ['app', 'BundleArg', 'LabelOpt', 'BaseOpt', 'UnitsOpt', 'SeedOpt', 'doctor', 'prepare', 'tune', 'evaluate', 'errors',
            'report', 'annotate', 'serve', 'demo', 'pretrain', 'main']
 
-# %% ../nbs/08_cli.ipynb #f4601258
+# %% ../nbs/08_cli.ipynb #5ccb99ff
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .core import InputError, ScimloraError
+from .core import InputError, ScimloraError, check_output
 
-# %% ../nbs/08_cli.ipynb #30360184
+# %% ../nbs/08_cli.ipynb #c0371156
 app = typer.Typer(help="Teach SCimilarity your own atlas: LoRA adapters on a frozen single-cell foundation model.",
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -25,7 +26,7 @@ BundleArg = Annotated[str, typer.Argument(help="folder that `scimlora tune` wrot
 LabelOpt = Annotated[str, typer.Option("--label", help="column of obs with the cell types")]
 BaseOpt = Annotated[Optional[str], typer.Option("--base", help="where the bundle's base is, if not where it was made")]
 UnitsOpt = Annotated[str, typer.Option("--units", help="what the values are: auto, counts, cpm or log1p_cp10k")]
-SeedOpt = Annotated[int, typer.Option("--seed", help="the same seed gives the same numbers")]
+SeedOpt = Annotated[int, typer.Option("--seed", min=0, help="the same seed gives the same numbers")]
 
 
 def _say(text): print(text, file=sys.stderr, flush=True)
@@ -34,7 +35,7 @@ def _say(text): print(text, file=sys.stderr, flush=True)
 def _show_notes(notes):
     for n in notes: _say(f"note: {n}")
 
-# %% ../nbs/08_cli.ipynb #fc227af6
+# %% ../nbs/08_cli.ipynb #5d22f5a5
 @app.command()
 def doctor(file: Annotated[Path, typer.Argument(help="file of cells")],
            base: Annotated[str, typer.Option("--base", help="base whose genes are looked for")] = "mini",
@@ -47,7 +48,7 @@ def doctor(file: Annotated[Path, typer.Argument(help="file of cells")],
     print(json.dumps(e, indent=1) if as_json else describe(e))
     if not e["ok"]: raise typer.Exit(2)
 
-# %% ../nbs/08_cli.ipynb #1e68fc59
+# %% ../nbs/08_cli.ipynb #08f63dd0
 @app.command()
 def prepare(files: Annotated[list[Path], typer.Argument(help="h5ad files")], label: LabelOpt,
             out: Annotated[Path, typer.Option("--out", help="folder for train.h5ad, val.h5ad and test.h5ad")],
@@ -55,14 +56,15 @@ def prepare(files: Annotated[list[Path], typer.Argument(help="h5ad files")], lab
             base: Annotated[str, typer.Option("--base", help="base whose genes the files are aligned to")] = "mini",
             test_share: Annotated[float, typer.Option("--test", help="share of the cells to test on")] = 0.2,
             val_share: Annotated[float, typer.Option("--val", help="share of the cells to validate on; 0 leaves that to tune")] = 0.0,
-            max_per_class: Annotated[Optional[int], typer.Option("--max-per-class", help="cap for training cells of a type")] = None,
-            min_per_class: Annotated[int, typer.Option("--min-per-class", help="leave out types with fewer cells")] = 3,
+            max_per_class: Annotated[Optional[int], typer.Option("--max-per-class", min=1, help="cap for training cells of a type")] = None,
+            min_per_class: Annotated[int, typer.Option("--min-per-class", min=1, help="leave out types with fewer cells")] = 3,
             units: UnitsOpt = "auto", seed: SeedOpt = 0):
     "Align files by gene name, split them by donor, balance and check them."
     from scimlora.base import load_base
     from scimlora.splits import prepare_files
 
     if not (0 <= test_share < 1 and 0 <= val_share < 1 and test_share + val_share < 1): raise InputError("--test and --val: shares from 0, below 1 together")
+    check_output(out, folder=True)
     sizes = (1 - test_share - val_share, val_share, test_share)
     info = prepare_files(files, load_base(base).genes, label, donor, out, sizes, max_per_class, min_per_class, units, seed)
     print(json.dumps(info["split"], indent=1, ensure_ascii=False))
@@ -71,7 +73,7 @@ def prepare(files: Annotated[list[Path], typer.Argument(help="h5ad files")], lab
     if left["small_classes"]: _say("note: types left out, too few cells: " + ", ".join(f"{k} ({v})" for k, v in left["small_classes"].items()))
     if leaks["identical_cells"]: _say(f"warning: {leaks['identical_cells']:,} test cells are identical to training cells")
 
-# %% ../nbs/08_cli.ipynb #fcaa3f88
+# %% ../nbs/08_cli.ipynb #ffae2bee
 def _held_out(train):
     path = Path(train).parent / "prepare.json"
     return json.loads(path.read_text())["split"] if path.exists() else None
@@ -85,14 +87,14 @@ _HELP = dict(r="rank of the adapters", alpha="strength of the adapters", dropout
 def _option(name):
     return typer.Option(f"--{name}", help=_HELP[name])
 
-# %% ../nbs/08_cli.ipynb #bffce659
+# %% ../nbs/08_cli.ipynb #696bafe3
 @app.command()
 def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells")], label: LabelOpt,
          out: Annotated[Path, typer.Option("--out", help="folder of the bundle")],
          donor: Annotated[Optional[str], typer.Option("--donor", help="column of obs with donors; whole ones validate")] = None,
          base: Annotated[str, typer.Option("--base", help="mini, or a SCimilarity directory")] = "mini",
          recipe: Annotated[str, typer.Option("--recipe", help="default, or original (lr 1e-4, dropout 0.05)")] = "default",
-         min_cells: Annotated[int, typer.Option("--min-cells", help="leave out types with fewer cells")] = 1,
+         min_cells: Annotated[int, typer.Option("--min-cells", min=1, help="leave out types with fewer cells")] = 1,
          baselines: Annotated[bool, typer.Option(help="fit the baselines that evaluate compares with")] = True,
          title: Annotated[str, typer.Option("--title", help="for the model card")] = "",
          r: Annotated[Optional[int], _option("r")] = None, alpha: Annotated[Optional[float], _option("alpha")] = None,
@@ -120,7 +122,7 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
     print(f"{out}: {len(clf.classes_)} types, {m['training']['cells']:,} training cells, {m['parameters']['fraction']:.2%} of the parameters trained"
           + (f", validation macro-F1 {last['val_macro_f1']:.3f}" if "val_macro_f1" in last else ""))
 
-# %% ../nbs/08_cli.ipynb #ab7dc9b7
+# %% ../nbs/08_cli.ipynb #cf8f4627
 def _examined(bundle, test, label, base, units):
     from scimlora.classifier import Classifier
     from scimlora.data import read_cells
@@ -138,6 +140,7 @@ def evaluate(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad 
     from scimlora.evaluation import comparison, save_evaluation
     from scimlora.report import verdict
 
+    check_output(out, folder=True)
     metrics, table, _ = _examined(bundle, test, label, base, units)
     save_evaluation(metrics, table, out)
     print(comparison(metrics).round(3).to_string())
@@ -154,6 +157,7 @@ def errors(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad fi
     from scimlora.error_analysis import analyse_errors, save_errors
     from scimlora.report import pair_text
 
+    check_output(out, folder=True)
     _, table, cells = _examined(bundle, test, label, base, units)
     found = analyse_errors(cells, table)
     save_errors(found, out)
@@ -168,31 +172,36 @@ def report(run: Annotated[Path, typer.Argument(help="folder with metrics.json, e
 
     print(write_report(run))
 
-# %% ../nbs/08_cli.ipynb #910538e3
+# %% ../nbs/08_cli.ipynb #ef8e85ef
 @app.command()
 def annotate(bundle: BundleArg, file: Annotated[Path, typer.Argument(help="file of cells")],
              out: Annotated[Path, typer.Option("--out", help="ends in .h5ad or .csv")], base: BaseOpt = None, units: UnitsOpt = "auto"):
     "Annotate the cells of a file."
     from scimlora.predict import Predictor, annotate_file
 
+    check_output(out)
     p, cells = annotate_file(Predictor(bundle, base), file, out, units)
     _show_notes(cells.notes)
     print(f"{out}: {len(p):,} cells, {p.unassigned.sum():,} unassigned ({p.unassigned.mean():.1%}), mean confidence {p.confidence.mean():.3f}")
 
 
 @app.command()
-def serve(bundle: BundleArg, host: Annotated[str, typer.Option("--host")] = "127.0.0.1", port: Annotated[int, typer.Option("--port")] = 8000,
+def serve(bundle: BundleArg, host: Annotated[str, typer.Option("--host")] = "127.0.0.1", port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
           base: BaseOpt = None):
     "Answer HTTP requests with a bundle."
+    import socket
+
     import uvicorn
 
     from scimlora.serve import create_app
 
     api = create_app(bundle, base)
-    _say(f"serving {bundle} on http://{host}:{port} (documentation at /docs)")
-    uvicorn.run(api, host=host, port=port, log_level="warning")
+    try: place = socket.create_server((host, port))
+    except OSError as e: raise ScimloraError(f"cannot listen on {host}:{port} ({e.strerror}); choose another with --port") from None
+    _say(f"serving {bundle} on http://{host}:{place.getsockname()[1]} (documentation at /docs)")
+    uvicorn.Server(uvicorn.Config(api, log_level="warning")).run(sockets=[place])
 
-# %% ../nbs/08_cli.ipynb #9c0a8526
+# %% ../nbs/08_cli.ipynb #c4e1bd69
 @app.command()
 def demo(out: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("runs/demo"),
          seeds: Annotated[int, typer.Option("--seeds", help="how often to repeat the fine-tune")] = 3,
@@ -217,7 +226,7 @@ def pretrain(out: Annotated[Path, typer.Option("--out", help="folder of the new 
     run(out, without=tuple(without or ()), seed=seed)
     print(out)
 
-# %% ../nbs/08_cli.ipynb #0514e17c
+# %% ../nbs/08_cli.ipynb #3d858781
 def main(args=None):
     """Run the command line and exit with 0, 1 or 2.
 
@@ -226,12 +235,19 @@ def main(args=None):
     args : list of str, optional
         By default those of the process.
     """
+    if not os.environ.get("SCIMLORA_DEBUG"): _hush()
     try: code = app(args, standalone_mode=False) or 0
     except Exception as e:
         if os.environ.get("SCIMLORA_DEBUG"): raise
         code = _explain(e)
     except KeyboardInterrupt: code = _stop("interrupted", 130)
     sys.exit(code)
+
+
+def _hush():
+    # Warnings of libraries, and HDF5's own traces when a disk is full, would bury the one line that helps.
+    warnings.simplefilter("ignore")
+    sys.unraisablehook = lambda _: None
 
 
 def _stop(text, code):

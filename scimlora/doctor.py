@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['guess_columns', 'examine', 'describe']
 
-# %% ../nbs/02b_doctor.ipynb #a7527461
+# %% ../nbs/02b_doctor.ipynb #ac2f4138
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .core import InputError
 from .data import align_cells, read_cells
 
-# %% ../nbs/02b_doctor.ipynb #0aa7dba2
+# %% ../nbs/02b_doctor.ipynb #0c7e5c23
 _LABELS = ("cell_type", "celltype", "cell_type_ontology_term_id", "label", "labels", "annotation", "cluster", "supercluster_term", "subclass")
 _DONORS = ("donor", "donor_id", "individual", "patient", "subject", "sample", "sample_id", "library", "batch", "study", "dataset")
 
@@ -36,12 +36,10 @@ def guess_columns(obs):
         return {c: obs[c].astype(str).value_counts().head(20).to_dict() for c in cols}
     return {"labels": hits(_LABELS), "donors": hits(_DONORS)}
 
-# %% ../nbs/02b_doctor.ipynb #41337021
+# %% ../nbs/02b_doctor.ipynb #512ffe5a
 def _problems(adata, cells, label):
     r = cells.report
     yield from cells.notes
-    n = adata.n_obs - adata.obs_names.nunique()
-    if n: yield f"{n:,} cell names occur more than once; make them unique with adata.obs_names_make_unique()"
     if r["genes_matched"] < 1000: yield "fewer than 1,000 of the model's genes: expect low confidence"
     if label:
         small = adata.obs[label].value_counts()[lambda v: v < 10]
@@ -80,7 +78,7 @@ def examine(path, base, units="auto"):
     findings = cells.report | dict(median_genes_a_cell=float(np.median(expressed)))
     return out | dict(ok=True, error=None, findings=findings, problems=list(_problems(adata, cells, label)))
 
-# %% ../nbs/02b_doctor.ipynb #c8650856
+# %% ../nbs/02b_doctor.ipynb #cb2df66d
 _KINDS = {"counts": "counts (whole numbers)", "cpm": "normalised to one total, not log (CPM, CP10K, TPM)",
           "linear": "not log, no common total (TPM or FPKM)", "log1p_cp10k": "log1p CP10K, undone exactly",
           "log1p_cpm": "log1p CPM, undone exactly", "log1p_total": "log1p of values with one total, undone exactly",

