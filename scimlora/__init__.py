@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 
 # Names are looked up when they are used (PEP 562): `import scimlora` stays fast, and needs no torch.
 _HOME = {"Base": "base", "Bundle": "bundle", "Classifier": "classifier", "Predictor": "predict", "TuneConfig": "lora",
-         "InputError": "core", "ScimloraError": "core", "read_cells": "data"}
+         "InputError": "core", "ScimloraError": "core", "read_cells": "files"}
 __all__ = sorted(_HOME)
 
 

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['guess_columns', 'examine', 'describe']
 
-# %% ../nbs/02b_doctor.ipynb #ac2f4138
+# %% ../nbs/02b_doctor.ipynb #15121a31
 from pathlib import Path
 
 import numpy as np
 
 from .core import InputError
-from .data import align_cells, read_cells
+from .data import align_cells
+from .files import read_cells
 
-# %% ../nbs/02b_doctor.ipynb #0c7e5c23
+# %% ../nbs/02b_doctor.ipynb #3d4869dd
 _LABELS = ("cell_type", "celltype", "cell_type_ontology_term_id", "label", "labels", "annotation", "cluster", "supercluster_term", "subclass")
 _DONORS = ("donor", "donor_id", "individual", "patient", "subject", "sample", "sample_id", "library", "batch", "study", "dataset")
 
@@ -36,7 +37,7 @@ def guess_columns(obs):
         return {c: obs[c].astype(str).value_counts().head(20).to_dict() for c in cols}
     return {"labels": hits(_LABELS), "donors": hits(_DONORS)}
 
-# %% ../nbs/02b_doctor.ipynb #512ffe5a
+# %% ../nbs/02b_doctor.ipynb #381e6913
 def _problems(adata, cells, label):
     r = cells.report
     yield from cells.notes
@@ -78,7 +79,7 @@ def examine(path, base, units="auto"):
     findings = cells.report | dict(median_genes_a_cell=float(np.median(expressed)))
     return out | dict(ok=True, error=None, findings=findings, problems=list(_problems(adata, cells, label)))
 
-# %% ../nbs/02b_doctor.ipynb #cb2df66d
+# %% ../nbs/02b_doctor.ipynb #f63f6e21
 _KINDS = {"counts": "counts (whole numbers)", "cpm": "normalised to one total, not log (CPM, CP10K, TPM)",
           "linear": "not log, no common total (TPM or FPKM)", "log1p_cp10k": "log1p CP10K, undone exactly",
           "log1p_cpm": "log1p CPM, undone exactly", "log1p_total": "log1p of values with one total, undone exactly",
@@ -104,7 +105,8 @@ def describe(e):
     if f:
         lines += [f"  values    {f['values_from']}: {_KINDS.get(f['values_kind'], f['values_kind'])}",
                   f"  genes     {f['genes_matched']:,} of {f['genes_model']:,} of base {e['base']} ({f['coverage']:.0%}), by {f['gene_names_from']}; "
-                  f"{f['genes_unmatched']:,} unknown to it, {f['not_genes']:,} no genes, {f['duplicated_genes']:,} in several columns",
+                  f"{f['genes_unmatched']:,} unknown to it, {f['ambiguous_genes']:,} ambiguous, {f['not_genes']:,} no genes, {f['duplicated_genes']:,} in several columns",
+                  f"  matched   {_counts(f['genes_by'])}",
                   f"  a cell    expresses {f['median_genes_a_cell']:,.0f} of those genes (median); {f['empty_cells']:,} cells have none"]
     for what in ("labels", "donors"):
         lines += [f"  {what:<9} {c}: {_counts(v)}" for c, v in e[what].items()] or [f"  {what:<9} no column that looks like it"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Predictions', 'Predictor', 'provenance', 'annotate', 'annotate_file', 'genes_to_cells']
 
-# %% ../nbs/03c_predict.ipynb #b0d8fd01
+# %% ../nbs/03c_predict.ipynb #fbb15b7c
 import json
 import math
 from dataclasses import dataclass
@@ -18,11 +18,12 @@ from .base import fold, run_layers
 from .bundle import Bundle, base_of, load_bundle
 from .calibration import centroid_distance
 from .core import InputError, atomic_path
-from .data import Cells, align_cells, log1p_cp10k, read_cells, write_cells
+from .data import Cells, align_cells, log1p_cp10k
+from .files import read_cells, write_cells
 from .genes import place_genes
 from .lora import adapter_deltas
 
-# %% ../nbs/03c_predict.ipynb #d8fe5b7c
+# %% ../nbs/03c_predict.ipynb #4bb9d685
 @dataclass
 class Predictions:
     "Hold what a predictor says of cells."
@@ -68,7 +69,7 @@ class Predictions:
         return pd.DataFrame(dict(cell_id=list(names), cell_type=self.label, confidence=self.confidence.round(4),
                                  unassigned=self.unassigned, top3=top3, reason=self.reason))
 
-# %% ../nbs/03c_predict.ipynb #68ba114e
+# %% ../nbs/03c_predict.ipynb #88f0ced8
 class Predictor:
     """Annotate cells with a bundle on its base.
 
@@ -132,7 +133,7 @@ class Predictor:
         reason[np.diff(X.indptr) == 0] = "no counts in the model's genes"
         return reason
 
-# %% ../nbs/03c_predict.ipynb #9e7291bf
+# %% ../nbs/03c_predict.ipynb #d491323a
 def provenance(predictor, cells):
     """Return what an annotated file says of how it was made.
 
@@ -180,7 +181,7 @@ def annotate(predictor, adata, units="auto"):
     adata.uns["scimlora"] = json.dumps(provenance(predictor, cells))
     return p, cells
 
-# %% ../nbs/03c_predict.ipynb #bab8ddbe
+# %% ../nbs/03c_predict.ipynb #d2b1c468
 def annotate_file(predictor, path, out, units="auto"):
     """Annotate a file of cells and write an h5ad or a csv.
 
@@ -214,7 +215,7 @@ def annotate_file(predictor, path, out, units="auto"):
         with atomic_path(out) as tmp: p.table(adata.obs_names).to_csv(tmp, index=False)
     return p, cells
 
-# %% ../nbs/03c_predict.ipynb #3e181ed4
+# %% ../nbs/03c_predict.ipynb #3085de83
 def _short(name): return repr(str(name)[:40])[1:-1]
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Value', 'Units', 'answer', 'Cell', 'PredictRequest', 'BatchRequest', 'Label', 'Prediction', 'BodyLimit', 'create_app']
 
-# %% ../nbs/06_serve.ipynb #bf001f36
+# %% ../nbs/06_serve.ipynb #c38cea2c
 import json
 import tempfile
 from pathlib import Path
@@ -19,10 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
 from .core import InputError, versions
-from .data import read_cells
+from .files import read_cells
+from .guard import open_untrusted
 from .predict import Predictor, annotate, genes_to_cells
 
-# %% ../nbs/06_serve.ipynb #5361ac9e
+# %% ../nbs/06_serve.ipynb #50f280cd
 _FEW_GENES = 200
 
 
@@ -60,7 +61,7 @@ def answer(predictor, cells, units="auto", k=5):
                         genes_used=int(r.genes_used), genes_unknown=int(r.genes_unknown), warnings=warnings))
     return out
 
-# %% ../nbs/06_serve.ipynb #7bdb4663
+# %% ../nbs/06_serve.ipynb #8b652bc5
 Value = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
 Units = Literal["auto", "counts", "cpm", "log1p_cp10k"]
 _EXAMPLE = {"expression": {"CD19": 8.5, "MS4A1": 9.2, "CD79A": 7.8, "CD79B": 7.5}}
@@ -100,7 +101,7 @@ class Prediction(Label):
     genes_unknown: int
     warnings: list[str]
 
-# %% ../nbs/06_serve.ipynb #0d847d1a
+# %% ../nbs/06_serve.ipynb #371afbd2
 class BodyLimit:
     """Answer 413 to bodies over a limit, counted while they arrive (ASGI middleware).
 
@@ -137,7 +138,7 @@ class BodyLimit:
         except ClientDisconnect: pass
         if seen > limit: await refuse(scope, receive, send)
 
-# %% ../nbs/06_serve.ipynb #7be666aa
+# %% ../nbs/06_serve.ipynb #941bd21d
 def _no_duplicates(pairs):
     out = dict(pairs)
     if len(out) < len(pairs):
@@ -155,7 +156,7 @@ async def _parsed(request, model):
         raise InputError(f"the body is no JSON ({type(e).__name__}); send {json.dumps(_EXAMPLE)}") from None
     return model.model_validate(value)
 
-# %% ../nbs/06_serve.ipynb #f81bcac6
+# %% ../nbs/06_serve.ipynb #9e9d6824
 def _problem(loc, text):
     # The input itself stays out of the answer: it may hold NaN, which is no JSON, or a megabyte.
     return f"{'.'.join(map(str, loc))[:200]}: {text}" if loc else text
@@ -190,7 +191,7 @@ def create_app(bundle, base=None, max_json=8 << 20, max_file=512 << 20):
     _routes_predict(app, predictor)
     return app
 
-# %% ../nbs/06_serve.ipynb #f5bced46
+# %% ../nbs/06_serve.ipynb #780d98ed
 def _refusal(detail):
     # A lone surrogate in a gene's name is no UTF-8, so the text goes out as ASCII escapes.
     return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
@@ -221,15 +222,18 @@ def _routes_about(app, predictor):
     @app.get("/model", summary="The bundle's manifest and calibration")
     def model(): return {**b.manifest, "calibration": b.calibration.to_dict(), "genes": len(predictor.genes)}
 
-# %% ../nbs/06_serve.ipynb #c489c436
-def _table_of(predictor, upload, units):
-    "Annotate an uploaded h5ad; returns the table and the notes."
+# %% ../nbs/06_serve.ipynb #d944bb0e
+_KINDS = (".h5ad", ".h5", ".loom", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
+
+
+def _table_of(predictor, upload, name, units):
+    "Annotate an uploaded file; returns the table and the notes."
+    kind = next((k for k in sorted(_KINDS, key=len, reverse=True) if (name or "").lower().endswith(k)), ".h5ad")
     with tempfile.TemporaryDirectory() as d:
-        path = Path(d) / "upload.h5ad"
+        path = Path(d) / f"file{kind}"
         with path.open("wb") as f:
             while piece := upload.read(1 << 20): f.write(piece)
-        try: adata = read_cells(path)
-        except InputError as e: raise InputError(str(e).replace(str(path), "file")) from None
+        adata = open_untrusted(path, read=read_cells)
     p, cells = annotate(predictor, adata, units)
     return p.table(adata.obs_names), cells.notes
 
@@ -245,9 +249,9 @@ def _routes_predict(app, predictor):
         r = await _parsed(request, BatchRequest)
         return await run_in_threadpool(answer, predictor, [c.expression for c in r.cells], r.units)
 
-    @app.post("/annotate", summary="An h5ad file in, a table out")
-    def annotate_upload(file: Annotated[UploadFile, File(description="an .h5ad file")], format: Annotated[Literal["csv", "json"], Query()] = "csv",
+    @app.post("/annotate", summary="A file of cells in, a table out")
+    def annotate_upload(file: Annotated[UploadFile, File(description="h5ad, 10x .h5, loom, csv or tsv")], format: Annotated[Literal["csv", "json"], Query()] = "csv",
                         units: Annotated[Units, Query()] = "auto"):
-        table, notes = _table_of(predictor, file.file, units)
+        table, notes = _table_of(predictor, file.file, file.filename, units)
         if format == "json": return {"cells": table.to_dict("records"), "notes": notes}
         return Response(table.to_csv(index=False), media_type="text/csv", headers={"X-Scimlora-Notes": json.dumps(notes)})

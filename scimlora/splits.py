@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDES', 'Split', 'split_by_donor', 'split_by_cell', 'split', 'cap_classes', 'leak_check', 'prepare_files']
 
-# %% ../nbs/01a_splits.ipynb #c641a89e
+# %% ../nbs/01a_splits.ipynb #77be00f1
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from .core import InputError, write_json
-from .data import find_counts, gene_match, obs_column, read_cells, write_cells
+from .data import find_counts, gene_match, obs_column
+from .files import read_cells, write_cells
 
-# %% ../nbs/01a_splits.ipynb #45c7f17b
+# %% ../nbs/01a_splits.ipynb #0a88c965
 SIDES = ("train", "val", "test")
 
 
@@ -37,7 +38,7 @@ class Split:
         return dict(kind=self.kind, column=self.column, groups=self.groups, seed=self.seed, notes=self.notes,
                     cells={s: int((self.side == s).sum()) for s in SIDES})
 
-# %% ../nbs/01a_splits.ipynb #fdfbe63b
+# %% ../nbs/01a_splits.ipynb #71000eef
 def _assignments(n_groups, n_sides, rng, tries=4000):
     if n_sides**n_groups <= tries:
         return np.array(np.meshgrid(*[range(n_sides)] * n_groups)).reshape(n_groups, -1).T
@@ -95,7 +96,7 @@ def split_by_donor(labels, donors, sizes=(0.7, 0.15, 0.15), column="donor", seed
     notes = [f"no training cell of: {', '.join(gone)}"] if gone else []
     return Split(side, "donor", column, groups, seed, notes)
 
-# %% ../nbs/01a_splits.ipynb #92c93025
+# %% ../nbs/01a_splits.ipynb #a7f0e0b7
 def split_by_cell(labels, sizes=(0.7, 0.15, 0.15), seed=0):
     """Split cells at random within each label. Numbers from it flatter: cells of one donor are on both sides.
 
@@ -147,7 +148,7 @@ def split(labels, donors=None, sizes=(0.7, 0.15, 0.15), column="donor", seed=0):
     if donors is not None: s.notes.append(f"column '{column}' has only {n} group(s)")
     return s
 
-# %% ../nbs/01a_splits.ipynb #2e2b8848
+# %% ../nbs/01a_splits.ipynb #19a85dc9
 def cap_classes(labels, max_per_class=None, min_per_class=1, seed=0):
     """Choose cells so that no class is larger than a cap, and leave out classes that are too small.
 
@@ -175,7 +176,7 @@ def cap_classes(labels, max_per_class=None, min_per_class=1, seed=0):
         keep[rng.permutation(np.asarray(rows))[:max_per_class]] = True
     return keep, small
 
-# %% ../nbs/01a_splits.ipynb #238a95bd
+# %% ../nbs/01a_splits.ipynb #f6d25a41
 def _row_hashes(X):
     X = sp.csr_matrix(X)
     X.sort_indices()
@@ -203,7 +204,7 @@ def leak_check(train_X, test_X, train_donors=(), test_donors=()):
     return {"donors": sorted({d for d in test_donors if d is not None} & set(train_donors)),
             "identical_cells": sum(h in seen for h in _row_hashes(test_X))}
 
-# %% ../nbs/01a_splits.ipynb #30983586
+# %% ../nbs/01a_splits.ipynb #474986bb
 def _read_aligned(path, genes, units):
     a = read_cells(path)
     e = find_counts(a, units)
@@ -220,7 +221,7 @@ def _write_sides(adata, s, out):
         if not rows.any(): continue
         write_cells(adata[rows].copy(), Path(out) / f"{side}.h5ad")
 
-# %% ../nbs/01a_splits.ipynb #e9e0baf0
+# %% ../nbs/01a_splits.ipynb #34344a54
 def prepare_files(paths, genes, label, donor=None, out=".", sizes=(0.7, 0.15, 0.15), max_per_class=None, min_per_class=3,
                   units="auto", seed=0):
     """Align files to a gene order, split them by donor, balance and check them, and write train, val and test.

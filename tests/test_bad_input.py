@@ -113,7 +113,7 @@ def log2(X):
 
 VALUES = {
     "no shared genes": (mouse_plants, ["no gene shared", "AT1G00000"]),
-    "Ensembl ids only": (ensembl, ["Ensembl", "ENSG00000000000", "symbols"]),
+    "made-up Ensembl ids": (ensembl, ["ENSG00000000000", "symbols or Ensembl ids"]),
     "a negative value": (lambda a: with_value(a, -1), ["X", "negative", "counts"]),
     "scaled values": (lambda a: with_X(a, a.X.toarray() - a.X.toarray().mean(0)), ["X", "negative|scaled", "counts"]),
     "NaN": (lambda a: with_value(a, np.nan), ["X", "NaN", r"\b1 cell"]),

@@ -1,0 +1,1 @@
+"""What the page is made of: where answers come from, genes as people paste them, charts."""
