@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['format_of', 'read_cells', 'write_cells']
 
-# %% ../nbs/00d_files.ipynb #acf26df5
+# %% ../nbs/00d_files.ipynb #12d1b034
 import gzip
 import io
 from pathlib import Path
@@ -21,7 +21,7 @@ from .core import InputError, ScimloraError, atomic_path
 from .genes import identify
 from .guard import check_hdf5, check_text
 
-# %% ../nbs/00d_files.ipynb #1233e393
+# %% ../nbs/00d_files.ipynb #dd971a48
 _MTX = ("matrix.mtx", "matrix.mtx.gz")
 
 
@@ -66,20 +66,20 @@ def format_of(path):
     if name.endswith((".csv", ".tsv", ".txt")): return "csv"
     raise InputError(f"{path}: is no h5ad (HDF5) file, and no other that is known; give h5ad, 10x .h5, a 10x folder, loom, zarr, csv or tsv")
 
-# %% ../nbs/00d_files.ipynb #e0835344
+# %% ../nbs/00d_files.ipynb #f52b1af1
 def _read_h5ad(path):
-    check_hdf5(path)
+    check_hdf5(path, deep=True)
     return ad.read_h5ad(path)
 
 
 def _read_zarr(path): return ad.read_zarr(path)
 
-# %% ../nbs/00d_files.ipynb #d00cc63b
+# %% ../nbs/00d_files.ipynb #0c3210ff
 def _text(values): return [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
 
 
 def _read_10x_h5(path):
-    check_hdf5(path)
+    check_hdf5(path, deep=True)
     with h5py.File(path) as f:
         m = f["matrix"]
         X = sp.csc_matrix((m["data"][:], m["indices"][:], m["indptr"][:]), shape=tuple(m["shape"][:])).T.tocsr()
@@ -105,7 +105,7 @@ def _read_10x_folder(path):
     if features.shape[1] > 2: var["feature_types"] = features[2].to_numpy()
     return ad.AnnData(X, obs=pd.DataFrame(index=barcodes.to_numpy()), var=var)
 
-# %% ../nbs/00d_files.ipynb #d19872dd
+# %% ../nbs/00d_files.ipynb #23692824
 def _loom_table(group, n, names):
     columns = {k: v[:] for k, v in group.items() if isinstance(v, h5py.Dataset) and v.shape == (n,)}
     table = pd.DataFrame({k: _text(v) if v.dtype.kind in "SO" else v for k, v in columns.items()})
@@ -115,7 +115,7 @@ def _loom_table(group, n, names):
 
 
 def _read_loom(path):
-    check_hdf5(path)
+    check_hdf5(path, deep=True)
     with h5py.File(path) as f:
         n_genes, n_cells = f["matrix"].shape
         pieces = [sp.csr_matrix(f["matrix"][:, a:a + 1000].T) for a in range(0, n_cells, 1000)]
@@ -123,7 +123,7 @@ def _read_loom(path):
         var = _loom_table(f["row_attrs"], n_genes, ("Gene", "var_names", "gene_name", "Accession"))
     return ad.AnnData(sp.vstack(pieces).tocsr(), obs=obs, var=var)
 
-# %% ../nbs/00d_files.ipynb #218036ed
+# %% ../nbs/00d_files.ipynb #44519598
 def _gene_share(names, n=200):
     names = [str(g) for g in names][:n]
     return sum(identify(g.strip())[0] in ("symbol", "ensembl", "previous") for g in names) / max(1, len(names))
@@ -150,7 +150,7 @@ def _read_csv(path):
     obs.index = obs.index.astype(str)
     return ad.AnnData(sp.csr_matrix(values.to_numpy(np.float32)), obs=obs, var=pd.DataFrame(index=values.columns.astype(str)))
 
-# %% ../nbs/00d_files.ipynb #f731cfff
+# %% ../nbs/00d_files.ipynb #c3ddc4b0
 _READERS = {"h5ad": _read_h5ad, "zarr": _read_zarr, "10x h5": _read_10x_h5, "10x folder": _read_10x_folder, "loom": _read_loom, "csv": _read_csv}
 
 
@@ -174,7 +174,7 @@ def read_cells(path):
     """
     path, kind = Path(path), format_of(path)
     try: adata = _READERS[kind](path)
-    except InputError: raise
+    except (InputError, MemoryError): raise  # the guard tells a lack of memory from a damaged file
     except Exception as e:
         why = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise InputError(f"{path}: cannot read it as {kind} ({why}); copy it again, or write it with a current version") from None
@@ -182,7 +182,7 @@ def read_cells(path):
     if not adata.n_vars: raise InputError(f"{path}: holds no genes; check the filter that made it")
     return adata
 
-# %% ../nbs/00d_files.ipynb #8b331e43
+# %% ../nbs/00d_files.ipynb #e0b2e736
 class _Sink(io.RawIOBase):
     """A file for HDF5 to write to that never fails in its hands.
 

@@ -80,10 +80,16 @@ class Local:
         return self._on_file(name, data, work)
 
     def _on_file(self, name, data, job):
+        from scimlora.files import read_cells
+        from scimlora.guard import open_untrusted
+
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "upload.h5ad"
             path.write_bytes(data)
-            try: return job(path)
+            try:
+                # A child process tastes the stranger's file first: what would crash or hang this page does so there.
+                open_untrusted(path, read_cells)
+                return job(path)
             except self._failed as e: raise Problem(str(e).replace(str(path), name).replace(f"{folder}/", "") + ".") from None
 
 
