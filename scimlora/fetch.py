@@ -7,7 +7,7 @@ __all__ = ['TRIES', 'WAIT', 'TIMEOUT', 'BASE_URLS', 'COLLECTIONS', 'Denied', 'Ch
            'describe_base', 'base_text', 'list_collection', 'collection_text', 'choose_datasets', 'sample_cells',
            'fetch_data']
 
-# %% ../nbs/02c_fetch.ipynb #9a418b46
+# %% ../nbs/02c_fetch.ipynb #033bbb2c
 import contextlib
 import gzip
 import hashlib
@@ -40,7 +40,7 @@ from .files import write_cells
 from .guard import check_hdf5
 from .splits import SIDES, cap_classes, leak_check, split
 
-# %% ../nbs/02c_fetch.ipynb #313338a4
+# %% ../nbs/02c_fetch.ipynb #a1ef514f
 TRIES, WAIT, TIMEOUT = 6, 1.0, 60  # failures in a row without one new byte; seconds, doubled each time; seconds of silence
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 
@@ -53,7 +53,7 @@ class Denied(ScimloraError):
 class Changed(ScimloraError):
     "Say that a file is no longer the one whose first part we have."
 
-# %% ../nbs/02c_fetch.ipynb #7b629a75
+# %% ../nbs/02c_fetch.ipynb #bcabed04
 def _ask(url, start=0):
     headers = {"User-Agent": "scimlora", "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     if not str(url).lower().startswith(("http://", "https://")): raise InputError(f"{url}: is no http or https address")
@@ -73,7 +73,7 @@ def _extent(answer, url):
     if not m: raise ScimloraError(f"{url}: the server sends a part of the file and does not say which; try later, or another address")
     return int(m[1]), None if m[2] == "*" else int(m[2])
 
-# %% ../nbs/02c_fetch.ipynb #6fc5e06a
+# %% ../nbs/02c_fetch.ipynb #41b4f49b
 class HttpStream(io.RawIOBase):
     """Read a file over HTTP as if it were on disk, across broken connections.
 
@@ -124,7 +124,7 @@ class HttpStream(io.RawIOBase):
         if getattr(self, "_answer", None): self._answer.close()
         super().close()
 
-# %% ../nbs/02c_fetch.ipynb #ce12ed25
+# %% ../nbs/02c_fetch.ipynb #571b7803
 def _connect(self):
     "Ask for the rest and make sure that it is the rest of the same file."
     if self.total is not None and self.position == self.total: self._answer = io.BytesIO(); return
@@ -176,7 +176,7 @@ def _until(self, attempt):
 
 for _f in (_connect, _skip, _some, _until): setattr(HttpStream, _f.__name__, _f)
 
-# %% ../nbs/02c_fetch.ipynb #30c15bcf
+# %% ../nbs/02c_fetch.ipynb #e34ab5c8
 def _room(folder, need):
     "Refuse to start what the disk cannot hold."
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def _resume(url, part, meta):
     part.unlink(missing_ok=True)
     return HttpStream(url)
 
-# %% ../nbs/02c_fetch.ipynb #1db3e48f
+# %% ../nbs/02c_fetch.ipynb #39b36fe0
 def download(url, path, size=None, desc=None):
     """Download a file, going on where an earlier call stopped.
 
@@ -242,7 +242,7 @@ def download(url, path, size=None, desc=None):
     meta.unlink()
     return dict(path=path, size=stream.position, resumed_at=start, reconnects=stream.reconnects, notes=stream.notes)
 
-# %% ../nbs/02c_fetch.ipynb #4d65f114
+# %% ../nbs/02c_fetch.ipynb #ff91784f
 def _pour(stream, part, desc):
     with open(part, "ab") as f, _bar(desc, stream.total, stream.position) as bar:
         stream.on_bytes = bar.update
@@ -250,7 +250,7 @@ def _pour(stream, part, desc):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/02c_fetch.ipynb #f05ef4dd
+# %% ../nbs/02c_fetch.ipynb #7ad7bce0
 BASE_URLS = {"scimilarity-v1.1": "https://zenodo.org/records/10685499/files/model_v1.1.tar.gz"}
 _REQUIRED = ("encoder.ckpt", "gene_order.tsv", "layer_sizes.json", "label_ints.csv")
 _RETENTION = ("annotation/labelled_kNN.bin", "annotation/reference_labels.tsv")
@@ -267,7 +267,7 @@ class _Member(tarfile.TarInfo):
         if m.type in (b"L", b"K", b"x", b"g", b"X") and m.size > 1 << 20: raise tarfile.ReadError(f"a header of {m.size:,} bytes")
         return m
 
-# %% ../nbs/02c_fetch.ipynb #62762bb4
+# %% ../nbs/02c_fetch.ipynb #4b400ef3
 def _check_member(m, total):
     path = PurePosixPath(m.name)
     if path.is_absolute() or ".." in path.parts or "\\" in m.name or re.match(r"[A-Za-z]:", m.name):
@@ -285,7 +285,7 @@ def _wanted_name(m, wanted):
     if m.size > _LARGEST[name]: raise ScimloraError(f"the archive says that {m.name!r} has {m.size:,} bytes, which is absurd; fetch from another address")
     return name
 
-# %% ../nbs/02c_fetch.ipynb #e0fd75e1
+# %% ../nbs/02c_fetch.ipynb #03768cf7
 def _zenodo(url):
     "Size and MD5 of a file as its Zenodo record gives them, and a note if it does not."
     m = re.fullmatch(r"(https?://[^/]+)/records?/(\d+)/files/([^?/]+)(\?.*)?", url)
@@ -296,7 +296,7 @@ def _zenodo(url):
         if f.get("key") == m[3]: return dict(size=f.get("size"), md5=str(f.get("checksum", "")).removeprefix("md5:") or None), []
     return {}, ["the record does not list the file, so there is no published checksum"]
 
-# %% ../nbs/02c_fetch.ipynb #5ac11fff
+# %% ../nbs/02c_fetch.ipynb #9e718ea7
 def _get_json(url, largest=1 << 28):
     with contextlib.closing(HttpStream(url)) as stream:
         pieces, n = [], 0
@@ -304,7 +304,7 @@ def _get_json(url, largest=1 << 28):
     try: return json.loads(b"".join(pieces))
     except ValueError: raise ScimloraError(f"{url}: answers something that is no JSON; try later") from None
 
-# %% ../nbs/02c_fetch.ipynb #ee5c1d6c
+# %% ../nbs/02c_fetch.ipynb #0248b330
 def _save_member(tar, m, target):
     "Write a member aside and rename it; returns its size and SHA-256."
     seen, source = hashlib.sha256(), tar.extractfile(m)
@@ -315,7 +315,7 @@ def _save_member(tar, m, target):
         if f.tell() != m.size: raise tarfile.ReadError("unexpected end of data")
     return dict(size=m.size, sha256=seen.hexdigest())
 
-# %% ../nbs/02c_fetch.ipynb #c9de7ce5
+# %% ../nbs/02c_fetch.ipynb #8ca5836b
 @contextlib.contextmanager
 def _tar(stream):
     "Open a compressed stream as a tar; say in one line what is wrong with it."
@@ -325,7 +325,7 @@ def _tar(stream):
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise ScimloraError(f"{stream.url}: is damaged, cut short or no tar.gz ({e}) at byte {stream.position:,}; fetch it again") from None
 
-# %% ../nbs/02c_fetch.ipynb #c5d59bc8
+# %% ../nbs/02c_fetch.ipynb #f7272935
 def _record(out, name, url):
     "What an earlier call left in the folder, with members that no longer fit taken out."
     check_output(out, folder=True)
@@ -340,7 +340,7 @@ def _record(out, name, url):
     if bad := sorted(set(old["members"]) - set(kept)): new["notes"].append(f"missing or changed since they were fetched, fetched again: {', '.join(bad)}")
     return new | dict(tag=old["tag"], size=old["size"], members=kept)
 
-# %% ../nbs/02c_fetch.ipynb #720ca6f5
+# %% ../nbs/02c_fetch.ipynb #ce6df19f
 def _same_source(stream, record, known):
     "Forget members of another version of the archive; stop if record and server disagree on its size."
     if known.get("size") and stream.total not in (None, known["size"]):
@@ -351,7 +351,7 @@ def _same_source(stream, record, known):
     elif record["members"]: record["notes"].append(f"kept from an earlier call: {', '.join(sorted(record['members']))}; the stream itself had to start over")
     record.update(tag=stream.tag, size=stream.total)
 
-# %% ../nbs/02c_fetch.ipynb #db4abd36
+# %% ../nbs/02c_fetch.ipynb #81636259
 def _sift(stream, out, needed, record, whole):
     "Run the archive through and keep wanted members that are not there yet; returns whether it was read to its end."
     # hyperparameters.json is kept when it comes along; reading on for its sake could cost 20 GB.
@@ -373,13 +373,13 @@ def _sift(stream, out, needed, record, whole):
     if links: record["notes"].append(f"{links:,} links or devices in the archive were passed over")
     return ended or stream.position == total
 
-# %% ../nbs/02c_fetch.ipynb #217f8302
+# %% ../nbs/02c_fetch.ipynb #bcedb554
 def _base_url(name, url):
     if name in BASE_URLS or url: return url or BASE_URLS[name]
     if (BASES / str(name)).is_dir(): raise InputError(f"{name}: comes with the package, nothing to fetch; use it as --base {name}")
     raise InputError(f"no base '{name}' to fetch; known: {', '.join(BASE_URLS)}; for another SCimilarity archive give its address with --url")
 
-# %% ../nbs/02c_fetch.ipynb #aa4f5e96
+# %% ../nbs/02c_fetch.ipynb #c572dec5
 def _compare(stream, ended, md5, out, record, earlier):
     "Compare the whole archive with its published checksum, where both are known; returns what was checked, in words."
     if not ended: return "the archive was not read to its end, so each file was checked on its own"
@@ -389,7 +389,7 @@ def _compare(stream, ended, md5, out, record, earlier):
     write_json(out / "fetch.json", record)
     raise ScimloraError(f"{stream.url}: damaged on the way (MD5 {stream.md5}, published {md5}); what came was removed, fetch it again")
 
-# %% ../nbs/02c_fetch.ipynb #3d2807a7
+# %% ../nbs/02c_fetch.ipynb #8cfee407
 def _finish(out, record):
     "Open the base as a user would, and put on record what was done."
     if zipfile.is_zipfile(out / "encoder.ckpt"):
@@ -400,7 +400,7 @@ def _finish(out, record):
     write_json(out / "fetch.json", record)
     return record
 
-# %% ../nbs/02c_fetch.ipynb #518ba59d
+# %% ../nbs/02c_fetch.ipynb #cae12a41
 def fetch_base(name, out, url=None, retention=False, decoder=False, whole=False):
     """Fetch a SCimilarity base: stream its archive, keep what is needed, stop as early as possible.
 
@@ -450,7 +450,7 @@ def fetch_base(name, out, url=None, retention=False, decoder=False, whole=False)
     checksum = _compare(stream, ended, known.get("md5"), out, record, earlier)
     return _finish(out, record | dict(checksum=checksum, read=stream.position, reconnects=stream.reconnects))
 
-# %% ../nbs/02c_fetch.ipynb #81fbd432
+# %% ../nbs/02c_fetch.ipynb #f87d2021
 def _knn(path, latent):
     "Read the header of an hnswlib index; returns its cells and dimensions, and what is wrong."
     index, lines = path / "annotation" / "labelled_kNN.bin", path / "annotation" / "reference_labels.tsv"
@@ -475,7 +475,7 @@ def _sizes_problem(path, state):
     wrong = [k for k, v in sizes.items() if k in state and list(state[k].shape) != list(v)]
     return [f"layer_sizes.json gives {wrong[0]} another shape than encoder.ckpt; fetch the base again"] if wrong else []
 
-# %% ../nbs/02c_fetch.ipynb #e468f70b
+# %% ../nbs/02c_fetch.ipynb #056894f8
 def describe_base(base):
     """Describe and verify a SCimilarity directory.
 
@@ -510,7 +510,7 @@ def describe_base(base):
                 parameters=sum(p.numel() for p in b.encoder.parameters()), labels=len(b.labels), decoder="decoder.ckpt" in files,
                 knn=knn, files=files, fetched_from=source.get("url"), problems=problems, ok=not problems)
 
-# %% ../nbs/02c_fetch.ipynb #c7672caf
+# %% ../nbs/02c_fetch.ipynb #67d4cc7f
 def base_text(e):
     """Turn a description of a base into text for one screen.
 
@@ -531,7 +531,7 @@ def base_text(e):
         *[f"  file      {m['sha256'][:16]}…  {m['size']:>13,}  {n}" for n, m in e["files"].items()],
         *[f"  problem   {p}" for p in e["problems"]], "  verdict   " + ("whole" if e["ok"] else "not whole")])
 
-# %% ../nbs/02c_fetch.ipynb #ba122e0d
+# %% ../nbs/02c_fetch.ipynb #a81ef055
 COLLECTIONS = {"siletti": "283d65eb-dd53-496d-adb7-7570c7caa443"}
 _LABELS = {"siletti": "supercluster_term"}
 _API = "https://api.cellxgene.cziscience.com/curation/v1"
@@ -547,7 +547,7 @@ def _data_set(x):
                 organism=_terms(x.get("organism")), donors=x.get("donor_id") or [], schema=x.get("schema_version"),
                 size=asset.get("filesize"), url=asset.get("url"))
 
-# %% ../nbs/02c_fetch.ipynb #8876181a
+# %% ../nbs/02c_fetch.ipynb #2c286217
 def list_collection(name="siletti", api=None):
     """List the data sets of a CELLxGENE collection.
 
@@ -580,7 +580,7 @@ def list_collection(name="siletti", api=None):
     return dict(id=key, name=c.get("name"), doi=c.get("doi"), page=f"https://cellxgene.cziscience.com/collections/{key}",
                 datasets=sorted(map(_data_set, c["datasets"]), key=lambda x: x["title"]))
 
-# %% ../nbs/02c_fetch.ipynb #0f8f1c0c
+# %% ../nbs/02c_fetch.ipynb #9fa5e805
 def collection_text(c):
     """Turn a listing into text: a line for each data set.
 
@@ -597,7 +597,7 @@ def collection_text(c):
     return "\n".join([head, *(f"{x['cells'] or 0:>10,} cells {(x['size'] or 0) / 1e6:>9,.0f} MB  {x['title']}"
                               + ("" if x["url"] else "  (no h5ad)") for x in c["datasets"])])
 
-# %% ../nbs/02c_fetch.ipynb #b96032e8
+# %% ../nbs/02c_fetch.ipynb #4486a2f7
 def choose_datasets(collection, choose):
     """Choose data sets of a collection.
 
@@ -635,12 +635,12 @@ def choose_datasets(collection, choose):
     if not use: raise InputError(f"nothing to fetch; {'; '.join(notes)}; choose other data sets")
     return use, notes
 
-# %% ../nbs/02c_fetch.ipynb #afc29ba9
+# %% ../nbs/02c_fetch.ipynb #51b770fa
 _OBS = ("donor_id", "dissection", "roi", "supercluster_term", "cluster_id", "subcluster_id", "cell_type", "cell_type_ontology_term_id",
         "tissue", "tissue_ontology_term_id", "assay", "disease", "sex", "development_stage", "suspension_type", "is_primary_data")
 _NO_NAME = ("unknown", "na", "n/a", "pooled")  # CELLxGENE's words for: not known
 
-# %% ../nbs/02c_fetch.ipynb #25a9a945
+# %% ../nbs/02c_fetch.ipynb #d82932e8
 def _keys(obs, donors, expressed, seed):
     text = [f"{n}|{d}|{e}" for n, d, e in zip(obs.index.astype(str), donors, expressed)]
     return pd.util.hash_array(np.array(text, dtype=object), hash_key=f"{seed % 10**16:016d}", categorize=False)
@@ -659,7 +659,7 @@ def _named(obs, column, what):
     text[[t is not None and t.lower() in _NO_NAME for t in text]] = None
     return text
 
-# %% ../nbs/02c_fetch.ipynb #060251b5
+# %% ../nbs/02c_fetch.ipynb #bea27e49
 def _table(group, columns):
     if "__categories" in group: raise ValueError(f"{group.name} is in anndata's old format")
     index = group[group.attrs.get("_index", "_index")]
@@ -668,7 +668,7 @@ def _table(group, columns):
 
 def _values(node): return node if isinstance(node, h5py.Dataset) else sparse_dataset(node)
 
-# %% ../nbs/02c_fetch.ipynb #9c71478b
+# %% ../nbs/02c_fetch.ipynb #c0d32524
 def _place(f, path):
     "Where the counts are: `raw/X` or `X`, by their values."
     found = []
@@ -681,7 +681,7 @@ def _place(f, path):
     if best is None: raise InputError(f"{path}: holds no counts, neither in raw.X nor in X; choose another data set")
     return best[1:]
 
-# %% ../nbs/02c_fetch.ipynb #08fb9777
+# %% ../nbs/02c_fetch.ipynb #1a8fe509
 def _rows(node, rows, desc, block=4096):
     "Read chosen rows (sorted) of a matrix on disk, a block at a time."
     X, by_gene, out = _values(node), "csc" in str(node.attrs.get("encoding-type", "")), []
@@ -694,7 +694,7 @@ def _rows(node, rows, desc, block=4096):
         out.append(sp.csr_matrix(part)[rows if by_gene else take])
     return (sp.hstack if by_gene else sp.vstack)(out, format="csr").astype(np.float32)
 
-# %% ../nbs/02c_fetch.ipynb #e8f9e886
+# %% ../nbs/02c_fetch.ipynb #646fd99e
 def _examine(f, label, donor, seed):
     "Everything about a file's cells but their expression: table, labels, keys."
     obs = _table(f["obs"], dict.fromkeys((*_OBS, label, donor)))
@@ -705,7 +705,7 @@ def _examine(f, label, donor, seed):
     by_cell = "csr" in str(X.attrs.get("encoding-type", ""))
     return obs, labels, _keys(obs, donors, np.diff(X["indptr"][:]) if by_cell else np.zeros(len(obs), int), seed)
 
-# %% ../nbs/02c_fetch.ipynb #79e8bca5
+# %% ../nbs/02c_fetch.ipynb #242e87e7
 def _genes(f, var):
     "The table of genes, with a symbol for each: raw.var has often none of its own."
     both = _table(f[var], ["feature_name", "feature_biotype"]).join(_table(f["var"], ["feature_name"]), rsuffix="_var")
@@ -713,7 +713,7 @@ def _genes(f, var):
     if "feature_name" in both: both["feature_name"] = both["feature_name"].astype(object).where(both["feature_name"].notna(), both.index)
     return both
 
-# %% ../nbs/02c_fetch.ipynb #560f4585
+# %% ../nbs/02c_fetch.ipynb #46b23eb0
 def _sample(f, path, label, donor, cap, seen, seed):
     obs, labels, keys = _examine(f, label, donor, seed)
     named = np.array([x is not None for x in labels], bool)
@@ -728,7 +728,7 @@ def _sample(f, path, label, donor, cap, seen, seed):
     adata.X = e.X
     return adata, info | dict(values_from=X.replace("/", "."), values_kind=e.kind)
 
-# %% ../nbs/02c_fetch.ipynb #ab95b5c9
+# %% ../nbs/02c_fetch.ipynb #fef2deaf
 def sample_cells(path, label, donor="donor_id", cap=None, seen=(), seed=0):
     """Read a sample of a file in CELLxGENE's layout: at most `cap` cells of each class, counts and the columns that matter.
 
@@ -768,7 +768,7 @@ def sample_cells(path, label, donor="donor_id", cap=None, seen=(), seed=0):
     except (OSError, KeyError, ValueError, TypeError, IndexError) as e:
         raise ScimloraError(f"{path}: is damaged or no h5ad ({' '.join(str(e).split())}); remove it and fetch again") from None
 
-# %% ../nbs/02c_fetch.ipynb #6a050e71
+# %% ../nbs/02c_fetch.ipynb #43acede7
 def _collect(use, folder, label, donor, cap, seed, keep):
     "Download and sample the data sets one after the other; returns the cells and what happened to each file."
     cells, seen, files = None, np.empty(0, np.uint64), []
@@ -785,7 +785,7 @@ def _collect(use, folder, label, donor, cap, seed, keep):
         if not keep: got["path"].unlink()
     return cells, files
 
-# %% ../nbs/02c_fetch.ipynb #7f4fc31e
+# %% ../nbs/02c_fetch.ipynb #992b3fce
 def _join(a, b):
     "Put cells of two files under each other; a gene that one of them lacks is zero there."
     both = ad.concat([a, b], join="outer", fill_value=0)
@@ -796,7 +796,7 @@ def _join(a, b):
     both.uns["genes_not_everywhere"] = len(set(a.var_names) ^ set(b.var_names)) + a.uns.get("genes_not_everywhere", 0)
     return both
 
-# %% ../nbs/02c_fetch.ipynb #f33abe02
+# %% ../nbs/02c_fetch.ipynb #41dcaf79
 def _donor_split(cells, labels, donor, sizes, seed):
     donors = _named(cells.obs, donor, "donor") if donor in cells.obs else None
     n = 0 if donors is None else len({x for x in donors if x is not None})
@@ -807,7 +807,7 @@ def _donor_split(cells, labels, donor, sizes, seed):
     elif s.kind == "donor": s.notes.append("held out: " + "; ".join(f"{side}: {', '.join(s.groups[side])}" for side in SIDES[1:] if s.groups.get(side)) + f"; {n} donors in all")
     return s, donors
 
-# %% ../nbs/02c_fetch.ipynb #85335b43
+# %% ../nbs/02c_fetch.ipynb #19888ec2
 def fetch_data(name, out, choose=(), label=None, donor="donor_id", max_per_class=500, min_per_class=3, sizes=(0.7, 0.15, 0.15), seed=0,
                keep=True, api=None):
     """Fetch data sets of a CELLxGENE collection, sample them, and write train, val and test with whole donors held out.
@@ -868,7 +868,7 @@ def fetch_data(name, out, choose=(), label=None, donor="donor_id", max_per_class
     write_json(out / "prepare.json", info)
     return info
 
-# %% ../nbs/02c_fetch.ipynb #073dc0f2
+# %% ../nbs/02c_fetch.ipynb #d3b4a049
 def _write(cells, s, donors, out):
     "Write the sides and look for what stands on two of them."
     del cells.obs["_key"]

@@ -90,7 +90,7 @@ class Local:
                 # A child process tastes the stranger's file first: what would crash or hang this page does so there.
                 open_untrusted(path, read_cells)
                 return job(path)
-            except self._failed as e: raise Problem(str(e).replace(str(path), name).replace(f"{folder}/", "") + ".") from None
+            except self._failed as e: raise Problem(str(e).replace(f"{folder}/", "").replace(path.name, name) + ".") from None
 
 
 class Remote:
