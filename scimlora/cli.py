@@ -51,7 +51,7 @@ def doctor(file: Annotated[Path, typer.Argument(help="file of cells")],
 
 # %% ../nbs/08_cli.ipynb #9596f1d5
 @app.command()
-def prepare(files: Annotated[list[Path], typer.Argument(help="h5ad files")], label: LabelOpt,
+def prepare(files: Annotated[list[Path], typer.Argument(help="files of cells, of any size")], label: LabelOpt,
             out: Annotated[Path, typer.Option("--out", help="folder for train.h5ad, val.h5ad and test.h5ad")],
             donor: Annotated[Optional[str], typer.Option("--donor", help="column of obs with donors, libraries or studies")] = None,
             base: Annotated[str, typer.Option("--base", help="base whose genes the files are aligned to")] = "mini",
@@ -59,18 +59,24 @@ def prepare(files: Annotated[list[Path], typer.Argument(help="h5ad files")], lab
             val_share: Annotated[float, typer.Option("--val", help="share of the cells to validate on; 0 leaves that to tune")] = 0.0,
             max_per_class: Annotated[Optional[int], typer.Option("--max-per-class", min=1, help="cap for training cells of a type")] = None,
             min_per_class: Annotated[int, typer.Option("--min-per-class", min=1, help="leave out types with fewer cells")] = 3,
+            by: Annotated[Optional[str], typer.Option("--by", help="hold out by donor, by study (whole files) or by cell")] = None,
+            merge: Annotated[Optional[Path], typer.Option("--map", help="csv, tsv or json: label, becomes; merges labels, or leaves them out")] = None,
             units: UnitsOpt = "auto", seed: SeedOpt = 0):
     "Align files by gene name, split them by donor, balance and check them."
     from scimlora.base import load_base
-    from scimlora.splits import prepare_files
+    from scimlora.splits import prepare_files, read_label_map
 
     if not (0 <= test_share < 1 and 0 <= val_share < 1 and test_share + val_share < 1): raise InputError("--test and --val: shares from 0, below 1 together")
     check_output(out, folder=True)
     sizes = (1 - test_share - val_share, val_share, test_share)
-    info = prepare_files(files, load_base(base).genes, label, donor, out, sizes, max_per_class, min_per_class, units, seed)
+    info = prepare_files(files, load_base(base).genes, label, donor, out, sizes, max_per_class, min_per_class, units, seed, by,
+                         read_label_map(merge) if merge else None)
     print(json.dumps(info["split"], indent=1, ensure_ascii=False))
+    _show_notes([f"{f['file']}: {n}" for f in info["files"] for n in f["notes"]] + info["notes"] + info["split"]["notes"])
     left, leaks = info["left_out"], info["leaks"]
     if left["unlabelled_cells"]: _say(f"note: {left['unlabelled_cells']:,} cells without a label were left out")
+    if left["without_donor"]: _say(f"note: {left['without_donor']:,} cells without a {donor or 'file'} were left out")
+    if left["over_the_cap"]: _say(f"note: {left['over_the_cap']:,} training cells over --max-per-class were left out")
     if left["small_classes"]: _say("note: types left out, too few cells: " + ", ".join(f"{k} ({v})" for k, v in left["small_classes"].items()))
     if leaks["identical_cells"]: _say(f"warning: {leaks['identical_cells']:,} test cells are identical to training cells")
 
@@ -82,7 +88,8 @@ def _held_out(train):
 
 # TuneConfig says more; reading its help here would import torch for every --help.
 _HELP = dict(r="rank of the adapters", alpha="strength of the adapters", dropout="dropout on the adapters' input", lr="learning rate",
-                epochs="passes over the training cells", batch="cells a step", targets="layers that get an adapter: all, no-first, or names")
+                epochs="passes over the training cells", batch="cells a step", targets="layers that get an adapter: all, no-first, or names",
+                balance="0 draws cells as they come, 1 every type equally often")
 
 
 def _option(name):
@@ -101,7 +108,7 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
          r: Annotated[Optional[int], _option("r")] = None, alpha: Annotated[Optional[float], _option("alpha")] = None,
          dropout: Annotated[Optional[float], _option("dropout")] = None, lr: Annotated[Optional[float], _option("lr")] = None,
          epochs: Annotated[Optional[int], _option("epochs")] = None, batch: Annotated[Optional[int], _option("batch")] = None,
-         targets: Annotated[Optional[str], _option("targets")] = None, units: UnitsOpt = "auto", seed: SeedOpt = 0):
+         targets: Annotated[Optional[str], _option("targets")] = None, balance: Annotated[Optional[float], _option("balance")] = None, units: UnitsOpt = "auto", seed: SeedOpt = 0):
     "Fine-tune adapters and a head on labelled cells."
     from scimlora.bundle import check_target
     from scimlora.classifier import Classifier
@@ -110,7 +117,7 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
 
     if recipe not in ("default", "original"): raise InputError(f"--recipe {recipe}: choose default or original")
     check_target(out)
-    given = dict(r=r, alpha=alpha, dropout=dropout, lr=lr, epochs=epochs, batch=batch, targets=targets)
+    given = dict(r=r, alpha=alpha, dropout=dropout, lr=lr, epochs=epochs, batch=batch, targets=targets, balance=balance)
     given = {k: v for k, v in given.items() if v is not None} | {"seed": seed}
     config = TuneConfig.original(**given) if recipe == "original" else TuneConfig(**given)
     clf = Classifier.tune(read_cells(train), label, donor, base, config, min_cells, baselines=baselines, units=units, title=title,
@@ -181,9 +188,10 @@ def annotate(bundle: BundleArg, file: Annotated[Path, typer.Argument(help="file 
     from scimlora.predict import Predictor, annotate_file
 
     check_output(out)
-    p, cells = annotate_file(Predictor(bundle, base), file, out, units)
-    _show_notes(cells.notes)
-    print(f"{out}: {len(p):,} cells, {p.unassigned.sum():,} unassigned ({p.unassigned.mean():.1%}), mean confidence {p.confidence.mean():.3f}")
+    done = annotate_file(Predictor(bundle, base), file, out, units)
+    t = done.table
+    _show_notes(done.notes)
+    print(f"{out}: {len(t):,} cells, {t.unassigned.sum():,} unassigned ({t.unassigned.mean():.1%}), mean confidence {t.confidence.mean():.3f}")
 
 
 @app.command()

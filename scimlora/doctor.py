@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError
-from .data import align_cells
-from .files import read_cells
+from .data import Alignment
+from .files import open_cells
 
 # %% ../nbs/02b_doctor.ipynb #3d4869dd
 _LABELS = ("cell_type", "celltype", "cell_type_ontology_term_id", "label", "labels", "annotation", "cluster", "supercluster_term", "subclass")
@@ -38,12 +38,13 @@ def guess_columns(obs):
     return {"labels": hits(_LABELS), "donors": hits(_DONORS)}
 
 # %% ../nbs/02b_doctor.ipynb #381e6913
-def _problems(adata, cells, label):
-    r = cells.report
-    yield from cells.notes
+def _problems(a, label):
+    r, obs = a.report, a.file.obs
+    yield from a.notes
+    if a.match.ambiguous: yield "names that could be several genes: " + ", ".join(a.match.ambiguous[:8]) + (" …" if len(a.match.ambiguous) > 8 else "")
     if r["genes_matched"] < 1000: yield "fewer than 1,000 of the model's genes: expect low confidence"
     if label:
-        small = adata.obs[label].value_counts()[lambda v: v < 10]
+        small = obs[label].value_counts()[lambda v: v < 10]
         if len(small): yield "types with fewer than 10 cells, hard to learn: " + ", ".join(f"{k} ({v})" for k, v in small.items())
 
 
@@ -57,12 +58,12 @@ def examine(path, base, units="auto"):
     base : scimlora.base.Base
         The base whose genes are looked for.
     units : str
-        As in `scimlora.data.find_counts`.
+        As in `scimlora.data.find_values`.
 
     Returns
     -------
     dict
-        `file`, `cells`, `genes`, `ok`, `error` (what stops it, or None), `findings` (the report of `align_cells`),
+        `file`, `format`, `cells`, `genes`, `ok`, `error` (what stops it, or None), `findings` (the report of `Alignment`),
         `labels`, `donors`, `problems`. Plain values, ready for JSON.
 
     Raises
@@ -70,14 +71,14 @@ def examine(path, base, units="auto"):
     InputError
         If the file cannot be opened at all.
     """
-    adata = read_cells(path)
-    out = dict(file=str(Path(path).name), cells=adata.n_obs, genes=adata.n_vars, base=base.name, **guess_columns(adata.obs))
-    try: cells = align_cells(adata, base.genes, units)
-    except InputError as e: return out | dict(ok=False, error=str(e), findings={}, problems=[str(e)])
-    label = next(iter(out["labels"]), None)
-    expressed = np.diff(cells.X.indptr)
-    findings = cells.report | dict(median_genes_a_cell=float(np.median(expressed)))
-    return out | dict(ok=True, error=None, findings=findings, problems=list(_problems(adata, cells, label)))
+    with open_cells(path) as f:
+        out = dict(file=str(Path(path).name), format=f.format, cells=f.n_obs, genes=len(f.var), base=base.name, **guess_columns(f.obs))
+        try:
+            a = Alignment(f, base.genes, units)
+            expressed = np.concatenate([np.diff(a.linear(rows).indptr) for rows in a.chunks("examining")])
+        except InputError as e: return out | dict(ok=False, error=str(e), findings={}, problems=[str(e)])
+        findings = a.report | dict(median_genes_a_cell=float(np.median(expressed)))
+        return out | dict(ok=True, error=None, findings=findings, problems=list(_problems(a, next(iter(out["labels"]), None))))
 
 # %% ../nbs/02b_doctor.ipynb #f63f6e21
 _KINDS = {"counts": "counts (whole numbers)", "cpm": "normalised to one total, not log (CPM, CP10K, TPM)",
@@ -101,7 +102,7 @@ def describe(e):
     -------
     str
     """
-    f, lines = e["findings"], [f"{e['file']}: {e['cells']:,} cells × {e['genes']:,} genes"]
+    f, lines = e["findings"], [f"{e['file']} ({e['format']}): {e['cells']:,} cells × {e['genes']:,} genes"]
     if f:
         lines += [f"  values    {f['values_from']}: {_KINDS.get(f['values_kind'], f['values_kind'])}",
                   f"  genes     {f['genes_matched']:,} of {f['genes_model']:,} of base {e['base']} ({f['coverage']:.0%}), by {f['gene_names_from']}; "

@@ -21,6 +21,7 @@ from torch import nn
 
 from .base import linear_names
 from .core import InputError, progress, seed_everything
+from .splits import sampling_weights
 
 # %% ../nbs/03_lora.ipynb #26ea2f91
 def _setting(default, help):
@@ -37,6 +38,7 @@ class TuneConfig:
     weight_decay: float = _setting(0.01, "weight decay of AdamW")
     batch: int = _setting(64, "cells a step")
     epochs: int = _setting(20, "passes over the training cells")
+    balance: float = _setting(0.0, "0 draws cells as they come, 1 draws every class equally often")
     targets: str = _setting("all", "layers that get an adapter: all, no-first, or names separated by commas")
     centroid_init: bool = _setting(True, "start the head at the class centroids instead of at random")
     keep_best: bool = _setting(True, "keep the epoch with the best macro-F1 on the validation cells")
@@ -46,6 +48,7 @@ class TuneConfig:
         for name, ok, want in (("r", self.r >= 1, "at least 1"), ("alpha", 0 < self.alpha < 1e6, "above 0 and finite"),
                                ("dropout", 0 <= self.dropout < 1, "0 or more, below 1"), ("lr", 0 < self.lr < 1, "between 0 and 1"),
                                ("weight_decay", 0 <= self.weight_decay < 1e6, "0 or more"), ("batch", self.batch >= 1, "at least 1"),
+                               ("balance", 0 <= self.balance <= 1, "0 to 1"),
                                ("epochs", self.epochs >= 1, "at least 1"), ("seed", self.seed >= 0, "0 or more")):
             if not ok: raise InputError(f"{name}={getattr(self, name)}: must be {want}")
 
@@ -193,10 +196,11 @@ def _trainable(model, head):
     return [p for p in model.parameters() if p.requires_grad] + list(head.parameters())
 
 # %% ../nbs/03_lora.ipynb #710907ea
-def _epoch(model, head, opt, X, y, batch, rng):
-    "One pass over the cells; returns the mean loss."
+def _epoch(model, head, opt, X, y, batch, rng, weights=None):
+    "One pass over the cells, or as many draws by weights; returns the mean loss."
     set_train_mode(model)
-    order, total = rng.permutation(len(y)), 0.0
+    order = rng.permutation(len(y)) if weights is None else rng.choice(len(y), len(y), p=weights)
+    total = 0.0
     for a in range(0, len(order), batch):
         rows = order[a:a + batch]
         loss = F.cross_entropy(head(model(_dense(X, rows))), y[rows])
@@ -260,9 +264,10 @@ def train_lora(base, X, y, n_classes, config=None, val=None):
     if config.centroid_init: head.start_at_centroids(_embed_module(model, X), y)
     opt = torch.optim.AdamW(_trainable(model, head), lr=config.lr, weight_decay=config.weight_decay)
     rng, history, best = np.random.default_rng(config.seed), [], None
+    weights = sampling_weights(y.numpy(), config.balance) if config.balance else None
     if val is not None: val = (val[0], torch.as_tensor(np.asarray(val[1]), dtype=torch.long))
     for epoch in (bar := progress(range(config.epochs), "fine-tuning", unit="epoch")):
-        row = {"epoch": epoch + 1, "loss": _epoch(model, head, opt, X, y, config.batch, rng)}
+        row = {"epoch": epoch + 1, "loss": _epoch(model, head, opt, X, y, config.batch, rng, weights)}
         if val is not None: row["val_macro_f1"], row["val_loss"] = _score(model, head, *val)
         history.append(row)
         bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k != "epoch"})

@@ -74,8 +74,8 @@ class Local:
 
         def work(path):
             out = path.with_name("annotated.h5ad")
-            predictions, cells = annotate_file(self._predictor, path, out, units)
-            return Annotated(predictions.table(cells.obs.index), cells.notes, out.read_bytes())
+            done = annotate_file(self._predictor, path, out, units)
+            return Annotated(done.table, done.notes, out.read_bytes())
 
         return self._on_file(name, data, work)
 
