@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from .core import InputError, progress
 from .files import as_cells
 from .genes import match_genes
-from .rows import spread
+from .rows import Damaged, spread
 
 # %% ../nbs/01_data.ipynb #61b5306e
 _SCALES = {"log1p_cp10k": 1e4, "log1p_cpm": 1e6}
@@ -62,7 +62,7 @@ def _as_csr(X, where):
     if X.dtype.kind not in "fiub": raise InputError(f"{where}: holds {X.dtype} values, not numbers")
     # Indices that point elsewhere have crashed whole processes; the check reads them once.
     try: X.check_format(full_check=True)
-    except ValueError as e: raise InputError(f"{where}: a damaged sparse matrix ({e}); write the file again") from None
+    except ValueError as e: raise Damaged(f"{where}: a damaged sparse matrix ({e}); write the file again") from None
     if X.dtype.kind == "f" and not np.isfinite(X.data).all():
         bad = int(np.unique(np.searchsorted(X.indptr, np.flatnonzero(~np.isfinite(X.data)), side="right")).size)
         raise InputError(f"{where}: NaN or infinite values in {bad:,} cells; remove those cells or give the counts")

@@ -27,17 +27,15 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from anndata.io import read_elem, sparse_dataset
 
 from .base import BASES, base_path, load_base
 from .core import InputError, ScimloraError, atomic_path, check_output, progress, read_json, sha256, write_json
-from .data import find_counts, kind_of, obs_column
-from .files import write_cells
-from .guard import check_hdf5
+from .data import find_values, obs_column
+from .files import open_cells, write_cells
+from .rows import Compressed, Damaged
 from .splits import SIDES, cap_classes, leak_check, split
 
 # %% ../nbs/02c_fetch.ipynb #a1ef514f
@@ -660,75 +658,46 @@ def _named(obs, column, what):
     return text
 
 # %% ../nbs/02c_fetch.ipynb #bea27e49
-def _table(group, columns):
-    if "__categories" in group: raise ValueError(f"{group.name} is in anndata's old format")
-    index = group[group.attrs.get("_index", "_index")]
-    return pd.DataFrame({c: read_elem(group[c]) for c in columns if c in group}, index=pd.Index(read_elem(index)).astype(str))
-
-
-def _values(node): return node if isinstance(node, h5py.Dataset) else sparse_dataset(node)
+def _examine(f, label, donor, seed):
+    "Labels and keys of a file's cells, without their expression."
+    labels = _named(f.obs, label, "label")
+    donors = _named(f.obs, donor, "donor") if donor in f.obs else np.full(f.n_obs, None)
+    # How many genes a cell expresses tells apart cells that share barcode and donor.
+    X = f.places.get("raw.X") or f.places["X"]
+    return labels, _keys(f.obs, donors, X.lengths if isinstance(X, Compressed) else np.zeros(f.n_obs, int), seed)
 
 # %% ../nbs/02c_fetch.ipynb #c0d32524
-def _place(f, path):
-    "Where the counts are: `raw/X` or `X`, by their values."
-    found = []
-    for X, var in (("raw/X", "raw/var"), ("X", "var")):
-        if X not in f: continue
-        if "csc" in str(f[X].attrs.get("encoding-type", "")): kind = kind_of(sp.csr_matrix(_values(f[X])[:, :2000]))
-        else: kind = kind_of(sp.csr_matrix(_values(f[X])[:500]))
-        found.append((kind, X, var))
-    best = next((x for x in found if x[0] == "counts"), None) or next((x for x in found if x[0] != "scaled"), None)
-    if best is None: raise InputError(f"{path}: holds no counts, neither in raw.X nor in X; choose another data set")
-    return best[1:]
-
-# %% ../nbs/02c_fetch.ipynb #1a8fe509
-def _rows(node, rows, desc, block=4096):
-    "Read chosen rows (sorted) of a matrix on disk, a block at a time."
-    X, by_gene, out = _values(node), "csc" in str(node.attrs.get("encoding-type", "")), []
-    n = X.shape[1] if by_gene else X.shape[0]
-    for a in progress(range(0, n, block), desc=desc, unit="blocks"):
-        take = rows[(rows >= a) & (rows < a + block)] - a
-        if not by_gene and not len(take): continue
-        part = X[:, a:a + block] if by_gene else X[a:a + block]
-        if sp.issparse(part): part.check_format(full_check=True)
-        out.append(sp.csr_matrix(part)[rows if by_gene else take])
-    return (sp.hstack if by_gene else sp.vstack)(out, format="csr").astype(np.float32)
-
-# %% ../nbs/02c_fetch.ipynb #646fd99e
-def _examine(f, label, donor, seed):
-    "Everything about a file's cells but their expression: table, labels, keys."
-    obs = _table(f["obs"], dict.fromkeys((*_OBS, label, donor)))
-    labels = _named(obs, label, "label")
-    donors = _named(obs, donor, "donor") if donor in obs else np.full(len(obs), None)
-    X = f["raw/X"] if "raw/X" in f else f["X"]
-    # How many genes a cell expresses tells apart cells that share barcode and donor.
-    by_cell = "csr" in str(X.attrs.get("encoding-type", ""))
-    return obs, labels, _keys(obs, donors, np.diff(X["indptr"][:]) if by_cell else np.zeros(len(obs), int), seed)
-
-# %% ../nbs/02c_fetch.ipynb #242e87e7
-def _genes(f, var):
+def _genes(var, all_var):
     "The table of genes, with a symbol for each: raw.var has often none of its own."
-    both = _table(f[var], ["feature_name", "feature_biotype"]).join(_table(f["var"], ["feature_name"]), rsuffix="_var")
+    wanted = lambda t, names: t[[c for c in names if c in t]]
+    both = wanted(var, ["feature_name", "feature_biotype"]).join(wanted(all_var, ["feature_name"]), rsuffix="_var")
     both = both.drop(columns="feature_name_var", errors="ignore")
     if "feature_name" in both: both["feature_name"] = both["feature_name"].astype(object).where(both["feature_name"].notna(), both.index)
     return both
 
-# %% ../nbs/02c_fetch.ipynb #46b23eb0
-def _sample(f, path, label, donor, cap, seen, seed):
-    obs, labels, keys = _examine(f, label, donor, seed)
+
+def _chosen(f, values, rows, desc):
+    "Linear values of chosen rows (sorted); chunks without any are passed over."
+    out = []
+    for chunk in progress(f.chunks(values.where), desc=desc, unit="chunk"):
+        take = rows[(rows >= chunk.start) & (rows < chunk.stop)] - chunk.start
+        if len(take): out.append(values.linear(f, chunk)[take])
+    return sp.vstack(out, format="csr").astype(np.float32)
+
+# %% ../nbs/02c_fetch.ipynb #1a8fe509
+def _sample(f, label, donor, cap, seen, seed):
+    labels, keys = _examine(f, label, donor, seed)
     named = np.array([x is not None for x in labels], bool)
     fresh = named & ~np.isin(keys, seen) & ~pd.Series(keys).duplicated().to_numpy()
     rows = np.flatnonzero(fresh)
     rows = rows[_smallest(keys[rows], labels[rows], cap)]
-    info = dict(cells=len(obs), unlabelled=int((~named).sum()), seen_before=int((named & ~fresh).sum()), keys=keys[named])
+    info = dict(cells=f.n_obs, unlabelled=int((~named).sum()), seen_before=int((named & ~fresh).sum()), keys=keys[named])
     if not len(rows): return None, info
-    X, var = _place(f, path)
-    adata = ad.AnnData(_rows(f[X], rows, Path(path).stem), obs=obs.iloc[rows].assign(_key=keys[rows]), var=_genes(f, var))
-    e = find_counts(adata)
-    adata.X = e.X
-    return adata, info | dict(values_from=X.replace("/", "."), values_kind=e.kind)
+    values = find_values(f)
+    X = _chosen(f, values, rows, f.path.stem)
+    return ad.AnnData(X, obs=f.obs.iloc[rows].assign(_key=keys[rows]), var=_genes(values.var, f.var)), info | dict(values_from=values.where, values_kind=values.kind)
 
-# %% ../nbs/02c_fetch.ipynb #fef2deaf
+# %% ../nbs/02c_fetch.ipynb #646fd99e
 def sample_cells(path, label, donor="donor_id", cap=None, seen=(), seed=0):
     """Read a sample of a file in CELLxGENE's layout: at most `cap` cells of each class, counts and the columns that matter.
 
@@ -760,11 +729,13 @@ def sample_cells(path, label, donor="donor_id", cap=None, seen=(), seed=0):
     ScimloraError
         If the file is damaged.
     """
-    try: check_hdf5(path)
+    try: f = open_cells(path, columns=dict.fromkeys((*_OBS, label, donor)))
     except InputError as e: raise ScimloraError(f"{e} (as it came from the network: remove it and fetch again)") from None
     try:
-        with h5py.File(path) as f: return _sample(f, path, label, donor, cap, seen, seed)
-    except InputError as e: raise InputError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+        with f: return _sample(f, label, donor, cap, seen, seed)
+    except InputError as e:
+        if isinstance(e, Damaged): raise ScimloraError(f"{path}: is damaged ({e}); remove it and fetch again") from None
+        raise InputError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
     except (OSError, KeyError, ValueError, TypeError, IndexError) as e:
         raise ScimloraError(f"{path}: is damaged or no h5ad ({' '.join(str(e).split())}); remove it and fetch again") from None
 

@@ -136,7 +136,14 @@ def _stored(node, where, path, notes):
     return Dense(node, where=where) if hasattr(node, "ndim") and node.ndim == 2 else None
 
 # %% ../nbs/00e_files.ipynb #88dba455
-def _open_anndata(root, path, kind):
+def _some_columns(table, columns):
+    "Read a table's index and some of its columns; all, if None."
+    if columns is None: return ad.io.read_elem(table)
+    index = pd.Index(ad.io.read_elem(table[table.attrs["_index"]])).astype(str)
+    return pd.DataFrame({c: ad.io.read_elem(table[c]) for c in columns if c in table}, index=index)
+
+
+def _open_anndata(root, path, kind, columns):
     "A `CellFile` over an open h5ad or zarr; None where its layout is of old."
     if root["obs"].attrs.get("encoding-type") != "dataframe" or root["var"].attrs.get("encoding-type") != "dataframe": return None
     notes, nodes = [], {}
@@ -148,28 +155,28 @@ def _open_anndata(root, path, kind):
     if "X" in root: nodes["X"] = root["X"]
     places = {where: _stored(node, where, path, notes) for where, node in nodes.items()}
     if None in places.values(): return None
-    obs, var = ad.io.read_elem(root["obs"]), ad.io.read_elem(root["var"])
+    obs, var = _some_columns(root["obs"], columns), ad.io.read_elem(root["var"])
     raw_var = None if raw is None else ad.io.read_elem(raw["var"])
     return CellFile(path, kind, obs, var, places, raw_var, notes, root if isinstance(root, h5py.File) else None)
 
 
-def _open_h5ad(path):
+def _open_h5ad(path, columns):
     f = h5py.File(path)
-    found = _open_anndata(f, path, "h5ad")
+    found = _open_anndata(f, path, "h5ad", columns)
     if found is None: f.close()
     return found
 
 
-def _open_zarr(path):
+def _open_zarr(path, columns):
     import zarr
 
-    return _open_anndata(zarr.open_group(str(path), mode="r"), path, "zarr")
+    return _open_anndata(zarr.open_group(str(path), mode="r"), path, "zarr", columns)
 
 # %% ../nbs/00e_files.ipynb #0c3210ff
 def _text(values): return [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
 
 
-def _open_10x_h5(path):
+def _open_10x_h5(path, _):
     f = h5py.File(path)
     m, features = f["matrix"], f["matrix/features"]
     var = pd.DataFrame({"gene_ids": _text(features["id"][:])}, index=_text(features["name"][:]))
@@ -186,7 +193,7 @@ def _loom_table(group, n, names):
     return table
 
 
-def _open_loom(path):
+def _open_loom(path, _):
     f = h5py.File(path)
     n_genes, n_cells = f["matrix"].shape
     return CellFile(path, "loom", _loom_table(f["col_attrs"], n_cells, ("CellID", "obs_names", "cell_id", "barcode")), _loom_table(f["row_attrs"], n_genes, ("Gene", "var_names", "gene_name", "Accession")),
@@ -276,14 +283,14 @@ def _not_empty(path, n_cells, n_genes):
         if not n: raise InputError(f"{path}: holds no {what}; check the filter that made it")
 
 
-def _opened(path, kind, deep):
+def _opened(path, kind, deep, columns=None):
     "Open by rows where the format allows it, else whole."
     if kind in ("h5ad", "10x h5", "loom"): check_hdf5(path, deep=deep)
-    found = _BY_ROWS[kind](path) if kind in _BY_ROWS else None
+    found = _BY_ROWS[kind](path, columns) if kind in _BY_ROWS else None
     return found or as_cells(_WHOLE[kind](path))
 
 
-def open_cells(path):
+def open_cells(path, columns=None):
     """Open a file of cells of any size and format, to be read a chunk of rows at a time.
 
     Parameters
@@ -291,6 +298,8 @@ def open_cells(path):
     path : str or Path
         h5ad, 10x `.h5`, a folder from Cell Ranger, loom, zarr, csv or tsv (gzipped or not; cells or genes in rows). Text,
         10x folders, and h5ad files in a layout of before 2020 are read whole.
+    columns : sequence of str, optional
+        Columns of `obs` to read from an h5ad or zarr, where all of them would be too many.
 
     Returns
     -------
@@ -303,7 +312,7 @@ def open_cells(path):
         If it is missing, empty, damaged, of no known format, or holds no cell or no gene.
     """
     path, kind = Path(path), format_of(path)
-    with _in_plain_words(path, kind): found = _opened(path, kind, deep=False)
+    with _in_plain_words(path, kind): found = _opened(path, kind, False, columns)
     found.path, found.format = path, kind
     _not_empty(path, found.n_obs, len(found.var))
     return found
