@@ -336,7 +336,7 @@ class _Sides:
             # A side that this split does not have must not stay behind from an earlier one.
             if not (side == s).any(): path.unlink(missing_ok=True); continue
             f = stack.enter_context(h5_for_writing(path))
-            table = obs[side == s]
+            table = obs[side == s].copy()
             for c in table.select_dtypes("category"): table[c] = table[c].cat.remove_unused_categories()
             ad.io.write_elem(f, "/", ad.AnnData(obs=table, var=pd.DataFrame(index=list(genes))), dataset_kwargs={"compression": "gzip"})
             self._writers[s] = CsrWriter(f, "X", len(genes))
