@@ -23,6 +23,7 @@ from .lora import Head, adapter_deltas
 
 # %% ../nbs/03b_bundle.ipynb #3c7b9b04
 SCHEMA = 1
+_CENTROIDS = ("centroids", "base_centroids")
 FILES = ("manifest.json", "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "label_classes.txt", "calibration.json")
 
 
@@ -36,6 +37,7 @@ class Bundle:
     classes: list  # labels in head order
     calibration: Calibration
     centroids: np.ndarray  # (n_classes, latent) mean adapted embedding of each class
+    base_centroids: np.ndarray  # (n_classes, latent) the same in the frozen base's embedding
     baselines: dict = field(default_factory=dict)  # tensors by name, see scimlora.evaluation
     baselines_info: dict = field(default_factory=dict)  # settings of the baselines
     path: Path | None = None
@@ -87,7 +89,7 @@ def _write(folder, b):
     write_json(folder / "manifest.json", b.manifest)
     write_json(folder / "adapter_config.json", b.adapter_config)
     save_file({k: v.contiguous() for k, v in b.adapter.items()}, folder / "adapter_model.safetensors")
-    head = {"weight": b.head.linear.weight, "bias": b.head.linear.bias, "centroids": torch.from_numpy(np.asarray(b.centroids, np.float32))}
+    head = {"weight": b.head.linear.weight, "bias": b.head.linear.bias, **{k: torch.from_numpy(np.asarray(getattr(b, k), np.float32)) for k in _CENTROIDS}}
     save_file({k: v.detach().contiguous() for k, v in head.items()}, folder / "head.safetensors")
     (folder / "label_classes.txt").write_text("\n".join(b.classes) + "\n", encoding="utf-8")
     write_json(folder / "calibration.json", b.calibration.to_dict())
@@ -200,17 +202,17 @@ def _labels(path):
 
 
 def _head(path, classes):
-    "The head and the class centroids."
+    "The head and the class centroids in both embeddings."
     t, file = _tensors(path / "head.safetensors")[0], f"{path}/head.safetensors"
-    for k in ("weight", "bias", "centroids"):
+    for k in ("weight", "bias", *_CENTROIDS):
         if k not in t: raise InputError(f"{file}: lacks {k}; copy the bundle again")
         if not t[k].isfinite().all(): raise InputError(f"{file}: {k} holds NaN or infinite values; tune again")
     n, d = t["weight"].shape if t["weight"].ndim == 2 else (0, 0)
     if n != len(classes): raise InputError(f"{path}: label_classes.txt has {len(classes)} labels, the head {n}; copy the bundle again")
-    if list(t["bias"].shape) != [n] or list(t["centroids"].shape) != [n, d]: raise InputError(f"{file}: its parts do not fit each other; copy the bundle again")
+    if list(t["bias"].shape) != [n] or any(list(t[k].shape) != [n, d] for k in _CENTROIDS): raise InputError(f"{file}: its parts do not fit each other; copy the bundle again")
     head = Head(d, n)
     head.linear.load_state_dict({k: t[k] for k in ("weight", "bias")})
-    return head.requires_grad_(False), t["centroids"].numpy()
+    return head.requires_grad_(False), *(t[k].numpy() for k in _CENTROIDS)
 
 # %% ../nbs/03b_bundle.ipynb #ec110252
 def load_bundle(bundle):
@@ -232,12 +234,12 @@ def load_bundle(bundle):
     """
     path = bundle_path(bundle)
     manifest, classes = _manifest(path), _labels(path)
-    head, centroids = _head(path, classes)
+    head, *centroids = _head(path, classes)
     config, adapter = read_json(path / "adapter_config.json"), _tensors(path / "adapter_model.safetensors")[0]
     adapter_deltas(config, adapter)  # checks that they fit each other
     stored = path / "baselines.safetensors"
     tensors, info = _tensors(stored) if stored.exists() else ({}, {})
-    return Bundle(manifest, config, adapter, head, classes, Calibration.from_dict(read_json(path / "calibration.json")), centroids,
+    return Bundle(manifest, config, adapter, head, classes, Calibration.from_dict(read_json(path / "calibration.json")), *centroids,
                   tensors, json.loads(info.get("info", "{}")), path)
 
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from .base import load_base
 from .bundle import SCHEMA, Bundle, save_bundle
-from .calibration import Calibration, fit_calibration
+from .calibration import Calibration, class_centroids, fit_calibration
 from .core import InputError, versions
 from .data import NORMALISATION, align_cells, obs_column
 from .evaluation import evaluate, fit_baselines
+from .forgetting import forgetting
 from .lora import TuneConfig, train_lora
 from .predict import Predictor, annotate
 from .splits import split
@@ -72,15 +73,15 @@ def _manifest(base, tuned, s, classes, y, cells, label, donor, notes, seconds, t
                 created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
 
 
-def _calibrated(bundle, base, X, y, s, error):
+def _calibrated(bundle, base, X, y, s, donors, error):
     "Add class centroids of the training cells, and thresholds from the validation cells."
-    bundle.centroids, bundle.calibration = np.zeros((len(bundle.classes), base.latent), np.float32), Calibration()
     p = Predictor(bundle, base)
     train, val = s.side == "train", s.side == "val"
     z = p.embed(X)
-    bundle.centroids = np.stack([z[train & (y == c)].mean(0) for c in range(len(bundle.classes))])
+    bundle.centroids, bundle.base_centroids = class_centroids(y[train], len(bundle.classes), z[train], base.embed(X[train]))
     which = f"{s.column} {', '.join(s.groups.get('val', []))}" if s.kind == "donor" else "drawn by cell from the training donors"
-    bundle.calibration = fit_calibration(p.logits(z[val]), y[val], z[val], bundle.centroids, error, source=which)
+    bundle.calibration = fit_calibration(p.logits(z[val]), y[val], p.distances(X[val], z[val]), error, source=which,
+                                         donors=None if donors is None else donors[val])
     return Predictor(bundle, base)
 
 # %% ../nbs/05b_classifier.ipynb #a65eda4f
@@ -89,8 +90,8 @@ def _tune(base, cells, y, classes, s, donors, config, error, baselines, label, d
     tuned = train_lora(base, cells.X[train], y[train], len(classes), config, (cells.X[val], y[val]) if val.any() else None)
     seconds = round(time.perf_counter() - start, 2)
     manifest = _manifest(base, tuned, s, classes, y[train], cells, label, donor, notes, seconds, title or "scimlora bundle", held_out)
-    bundle = Bundle(manifest, tuned.adapter_config, tuned.adapter, tuned.head, classes, None, None)
-    predictor = _calibrated(bundle, base, cells.X, y, s, error)
+    bundle = Bundle(manifest, tuned.adapter_config, tuned.adapter, tuned.head, classes, Calibration(), None, None)
+    predictor = _calibrated(bundle, base, cells.X, y, s, donors, error)
     if baselines:
         bundle.baselines, bundle.baselines_info = fit_baselines(base, cells.X, y, classes, donors, config.seed)
     return predictor
@@ -145,6 +146,30 @@ class Classifier:
         metrics, table = evaluate(self.predictor, cells, labels)
         known = {c: True for c in self.classes_}
         return metrics, table, cells[np.array([known.get(x, False) for x in labels])]
+
+    def forgetting(self, adata, label="cell_type", cells=None, labels=None, source=""):
+        """Measure what is kept of other cells' labels while the adapter is faded in, as metrics.json holds it.
+
+        Parameters
+        ----------
+        adata : anndata.AnnData
+            Labelled cells of other tissues.
+        label : str
+            Their column of `obs`.
+        cells, labels : Cells, sequence of str, optional
+            Test cells of what was taught, as `examine_cells` returns them.
+        source : str
+            Where the cells of other tissues are from, for the record.
+
+        Returns
+        -------
+        dict
+            `source`, `cells`, `curve` (rows of `scimlora.forgetting.forgetting`).
+        """
+        other = align_cells(adata, self.predictor.genes)
+        target = None if cells is None else (cells.X, np.asarray(labels, dtype=object))
+        curve = forgetting(self.predictor, other.X, obs_column(adata.obs, label), target)
+        return dict(source=source, cells=len(other), curve=curve.to_dict("records"))
 
 # %% ../nbs/05b_classifier.ipynb #8ccf7e4c
 def tune(adata, label, donor=None, base="mini", config=None, min_cells=1, val_share=0.2, error=0.05, baselines=True,

@@ -136,21 +136,27 @@ def _examined(bundle, test, label, base, units):
     from scimlora.files import read_cells
 
     clf = Classifier.load(bundle, base)
-    return clf.examine_cells(read_cells(test), label, units)
+    return clf, *clf.examine_cells(read_cells(test), label, units)
 
 
 @app.command()
 def evaluate(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad file of labelled test cells")],
              out: Annotated[Path, typer.Option("--out", help="folder for metrics.json, tables and plots")],
              label: Annotated[Optional[str], typer.Option("--label", help="column of obs; by default the one trained on")] = None,
+             kept: Annotated[Optional[Path], typer.Option("--retention", help="labelled cells of other tissues, to measure forgetting")] = None,
+             kept_label: Annotated[str, typer.Option("--retention-label", help="column of obs with their types")] = "cell_type",
              base: BaseOpt = None, units: UnitsOpt = "auto"):
     "Compare a bundle with the base and the baselines on test cells."
     from scimlora.evaluation import comparison, save_evaluation
+    from scimlora.files import read_cells
+    from scimlora.forgetting import save_forgetting
     from scimlora.report import verdict
 
     check_output(out, folder=True)
-    metrics, table, _ = _examined(bundle, test, label, base, units)
+    clf, metrics, table, cells = _examined(bundle, test, label, base, units)
+    if kept is not None: metrics["forgetting"] = clf.forgetting(read_cells(kept), kept_label, cells, table.label, kept.name)
     save_evaluation(metrics, table, out)
+    if kept is not None: save_forgetting(metrics["forgetting"], out)
     print(comparison(metrics).round(3).to_string())
     print(verdict(metrics))
     if metrics["unseen_labels"]: _say("note: never taught, left out of the scores: " + ", ".join(f"{k} ({v})" for k, v in metrics["unseen_labels"].items()))
@@ -166,7 +172,7 @@ def errors(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad fi
     from scimlora.report import pair_text
 
     check_output(out, folder=True)
-    _, table, cells = _examined(bundle, test, label, base, units)
+    *_, table, cells = _examined(bundle, test, label, base, units)
     found = analyse_errors(cells, table)
     save_errors(found, out)
     print(f"{found['n_wrong']:,} of {found['n_cells']:,} cells are called wrongly")

@@ -14,7 +14,8 @@ import pandas as pd
 from .classifier import Classifier
 from .error_analysis import analyse_errors, save_errors
 from .evaluation import comparison, save_evaluation
-from .examples import baron
+from .examples import baron, pollen
+from .forgetting import save_forgetting
 from .report import verdict, write_report
 from .splits import split_by_donor
 
@@ -78,8 +79,9 @@ def run_demo(out="runs/demo", seeds=(0, 1, 2), base="mini", say=print, **setting
 
     clf, spread = repeat_seeds(tune_once, test, seeds)
     metrics, table, scored = clf.examine_cells(test)
-    metrics["seeds"] = spread
+    metrics["seeds"], metrics["forgetting"] = spread, clf.forgetting(pollen(), "cell_type", scored, table.label, "Pollen's brain cells and cell lines")
     save_evaluation(metrics, table, out)
+    save_forgetting(metrics["forgetting"], out)
     say("analysing the errors")
     save_errors(analyse_errors(scored, table), out)
     clf.bundle.manifest |= dict(metrics=metrics, metrics_on=f"library {', '.join(split.groups['test'])}", command="scimlora demo")

@@ -24,7 +24,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import nn
 
 from .base import fold, run_layers
-from .calibration import ece
+from .calibration import MISSES, brier, ece
 from .core import InputError, atomic_path, progress, write_json
 
 # %% ../nbs/04_evaluation.ipynb #390ee176
@@ -50,8 +50,8 @@ def score(y, proba, classes):
     -------
     dict
         `n_cells`, `n_classes` (in the test cells), `accuracy`, `top3_accuracy`, `macro_f1` (mean over classes that are
-        true or predicted at least once), `balanced_accuracy`, `confidence`, `ece`, and `per_class` (precision, recall,
-        f1, support).
+        true or predicted at least once), `balanced_accuracy`, `confidence`, `ece`, `brier`, and `per_class` (precision,
+        recall, f1, support).
 
     Raises
     ------
@@ -67,7 +67,12 @@ def score(y, proba, classes):
     per_class = _per_class(y, predicted)
     return dict(n_cells=len(y), n_classes=len(set(y)), accuracy=right.mean(), top3_accuracy=(classes[order[:, :3]] == y[:, None]).any(1).mean(),
                 macro_f1=f1, balanced_accuracy=np.mean([per_class[c]["recall"] for c in set(y)]), confidence=proba.max(1).mean(),
-                ece=ece(proba.max(1), right), per_class=per_class)
+                ece=ece(proba.max(1), right), brier=brier(proba, _codes(y, classes)), per_class=per_class)
+
+
+def _codes(y, classes):
+    place = {c: i for i, c in enumerate(classes)}
+    return np.array([place[v] for v in y])
 
 # %% ../nbs/04_evaluation.ipynb #5fb754c9
 def _folds(y, groups, n=3, seed=0):
@@ -342,6 +347,16 @@ def _against_baselines(y, p, predictor, X):
     return dict(baselines=scores, best_baseline=dict(name=best, **paired_difference(y, p.label, called)))
 
 
+def _set_scores(y, p, b):
+    "How often conformal prediction sets hold the true label, and how many labels they hold."
+    truth, out = _codes(y, b.classes), {}
+    for miss in MISSES if b.calibration.conformal else ():
+        sets = b.calibration.sets(p.proba, miss)
+        held = sets[np.arange(len(truth)), truth]
+        out[f"{1 - miss:.2f}"] = dict(coverage=held.mean(), labels=sets.sum(1).mean(), lowest_class=min(held[truth == c].mean() for c in np.unique(truth)))
+    return out
+
+
 def evaluate(predictor, cells, labels):
     """Compare a bundle with the base and the baselines on labelled test cells.
 
@@ -357,7 +372,7 @@ def evaluate(predictor, cells, labels):
     metrics : dict
         As metrics.json: `score` of the bundle, the same under `baselines`, `best_baseline` (name, and the difference to
         it with its interval), `unseen_labels`, `unlabelled_cells`,
-        `unassigned`, `retention`, `trainable_parameters`, `trainable_fraction`, `seconds`.
+        `unassigned`, `prediction_sets` (wanted coverage → the real one, labels a set, lowest of a class), `retention`, `trainable_parameters`, `trainable_fraction`, `seconds`.
     table : pandas.DataFrame
         One row a scored cell: true label, prediction, confidence, unassigned, reason.
     """
@@ -369,7 +384,7 @@ def evaluate(predictor, cells, labels):
     p = predictor.predict(X)
     m = score(y, p.proba, b.classes)
     m["assigned_accuracy"] = (p.label == y)[~p.unassigned].mean() if (~p.unassigned).any() else None
-    m["unassigned"] = p.unassigned.mean()
+    m["unassigned"], m["prediction_sets"] = p.unassigned.mean(), _set_scores(y, p, b)
     m["unseen_labels"], m["unlabelled_cells"] = unseen.to_dict(), int(sum(x is None for x in labels))
     m |= _against_baselines(y, p, predictor, X)
     m["retention"] = retention(predictor.base, predictor, X)

@@ -158,10 +158,26 @@ class Predictor:
         proba = self.bundle.calibration.proba(self.logits(z))
         return Predictions(self.classes, proba, z, self._reasons(cells.X, z, proba))
 
+    def distances(self, X, z):
+        """Return cosine distances to the nearest class centroid, in the adapted and in the base's embedding.
+
+        Parameters
+        ----------
+        X : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
+            log1p CP10K in the base's gene order.
+        z : numpy.ndarray, shape (n_cells, latent)
+            Their adapted embeddings.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_cells, 2)
+        """
+        return np.stack([centroid_distance(z, self.bundle.centroids), centroid_distance(self.base.embed(X), self.bundle.base_centroids)], axis=1)
+
     def _reasons(self, X, z, proba):
         cal, reason = self.bundle.calibration, np.full(len(z), "", dtype=object)
         reason[proba.max(1) < cal.min_confidence] = f"confidence below {cal.min_confidence:.2f}"
-        reason[centroid_distance(z, self.bundle.centroids) > cal.max_distance] = "unlike every class it was taught"
+        if cal.cells: reason[cal.unlike(self.distances(X, z)) > cal.max_unlike] = "unlike every class it was taught"
         reason[np.diff(X.indptr) == 0] = "no counts in the model's genes"
         return reason
 

@@ -135,7 +135,17 @@ def _forgetting(m):
     r = m["retention"]
     return (f"With the adapter off the encoder is the base: largest difference {r['off_difference']:.1e}. With it on, on {r['cells']:,} test cells, "
             f"the mean cosine between a cell's base and adapted embedding is {r['cosine']:.3f}, and {r['neighbour_overlap']:.0%} of its nearest "
-            "neighbours stay its neighbours.")
+            "neighbours stay its neighbours." + _kept(m.get("forgetting")))
+
+
+def _kept(f):
+    "What is left of the labels of other cells."
+    if not f: return ""
+    t = pd.DataFrame(f["curve"]).set_index("alpha")
+    lost = {k: 100 * (t[k].iloc[0] - t[k].iloc[-1]) for k in ("knn", "linear")}
+    return (f" Of {f['cells']:,} cells of other tissues ({f['source']}), labels that half of the cells lend to the other half are right in "
+            f"{t.knn.iloc[0]:.1%} with the adapter off and {t.knn.iloc[-1]:.1%} with it on by nearest neighbours ({-lost['knn']:+.1f} points), and in {t.linear.iloc[0]:.1%} and "
+            f"{t.linear.iloc[-1]:.1%} by a line ({-lost['linear']:+.1f} points).\n\n![Forgetting](forgetting.png)\n\n" + _md_table(t.astype(object)))
 
 # %% ../nbs/05a_report.ipynb #afb5692f
 def _efficiency(m, man):
@@ -149,7 +159,13 @@ def _calibration(m, cal):
     a = m["assigned_accuracy"]
     return (f"Temperature {cal['temperature']:.2f}, fitted on {cal['cells']:,} validation cells ({cal['source']}). ECE on the test cells "
             f"{m['ece']:.3f}. {m['unassigned']:.1%} of the cells stay unassigned"
-            + (f"; of the others {a:.1%} are right." if a is not None else ".") + "\n\n![Reliability](reliability.png)")
+            + (f"; of the others {a:.1%} are right." if a is not None else ".") + _sets(m.get("prediction_sets")) + "\n\n![Reliability](reliability.png)")
+
+
+def _sets(sets):
+    "What prediction sets hold."
+    said = [f"{float(k):.0%} wanted, {s['coverage']:.1%} held the true label, with {s['labels']:.2f} labels on average" for k, s in (sets or {}).items()]
+    return f" Prediction sets: {'; '.join(said)}." if said else ""
 
 
 def _limits(man):

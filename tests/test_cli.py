@@ -134,7 +134,7 @@ def test_the_manifest_says_where_a_bundle_comes_from(run):
 
 def test_calibration_holds_temperature_and_thresholds(run):
     cal = read_json(run[0] / "bundle" / "calibration.json")
-    assert {"temperature", "min_confidence", "max_distance"} <= cal.keys()
+    assert {"temperature", "min_confidence", "max_unlike", "conformal"} <= cal.keys()
     assert cal["temperature"] > 0 and 0 <= cal["min_confidence"] <= 1 and cal["cells"] > 0
 
 
