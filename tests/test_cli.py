@@ -145,11 +145,11 @@ def test_the_model_card_has_front_matter(run):
 
 
 def test_tune_takes_every_option(cells_file, tmp_path):
-    options = ["--r", 4, "--alpha", 8, "--dropout", 0.1, "--lr", 0.005, "--epochs", 1, "--batch", 32, "--targets", "no-first", "--units", "counts"]
+    options = ["--r", 4, "--alpha", 8, "--dropout", 0.1, "--lr", 0.005, "--epochs", 1, "--batch", 32, "--targets", "no-first", "--balance", 0.5, "--units", "counts"]
     scimlora("tune", cells_file, "--label", "cell_type", "--out", tmp_path / "b", *options, "--no-baselines", "--title", "Islets")
     m, adapter = read_json(tmp_path / "b" / "manifest.json"), read_json(tmp_path / "b" / "adapter_config.json")
-    assert {k: m["config"][k] for k in ("r", "alpha", "dropout", "lr", "epochs", "batch", "targets")} == dict(
-        r=4, alpha=8, dropout=0.1, lr=0.005, epochs=1, batch=32, targets="no-first")
+    assert {k: m["config"][k] for k in ("r", "alpha", "dropout", "lr", "epochs", "batch", "targets", "balance")} == dict(
+        r=4, alpha=8, dropout=0.1, lr=0.005, epochs=1, batch=32, targets="no-first", balance=0.5)
     assert adapter["r"] == 4 and adapter["lora_alpha"] == 8 and "network.0.1" not in adapter["target_modules"]
     assert m["title"] == "Islets"
 
@@ -161,6 +161,26 @@ def test_the_original_recipe(cells_file, tmp_path):
 
 
 # evaluate, errors, report ---------------------------------------------------------------------------------------------
+
+
+def test_forgetting_is_measured_on_cells_of_other_tissues(run, tmp_path):
+    from scimlora.examples import pollen
+
+    d, out = run[0], tmp_path / "run"
+    pollen().write_h5ad(tmp_path / "brain.h5ad")
+    scimlora("evaluate", d / "bundle", d / "test.h5ad", "--out", out, "--retention", tmp_path / "brain.h5ad")
+    f = read_json(out / "metrics.json")["forgetting"]
+    assert f["source"] == "brain.h5ad" and f["cells"] == 301 and [r["alpha"] for r in f["curve"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert f["curve"][0]["neighbour_overlap"] == 1 > f["curve"][-1]["neighbour_overlap"] and 1 - f["curve"][0]["cosine"] < 1e-6
+    assert f["curve"][-1]["target_macro_f1"] == pytest.approx(read_json(out / "metrics.json")["macro_f1"], abs=1e-9)
+    assert (out / "forgetting.png").read_bytes()[:4] == b"\x89PNG" and (out / "forgetting.csv").exists()
+
+
+def test_prediction_sets_hold_more_the_more_is_wanted(run):
+    m = read_json(run[0] / "metrics.json")
+    s = m["prediction_sets"]
+    assert list(s) == ["0.95", "0.90", "0.80"] and s["0.95"]["coverage"] >= s["0.90"]["coverage"] >= s["0.80"]["coverage"] >= m["accuracy"]
+    assert s["0.95"]["labels"] >= s["0.80"]["labels"] >= 1 and 0 <= m["brier"] <= 2
 
 
 def test_metrics_have_the_promised_keys(run):
