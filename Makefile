@@ -8,7 +8,7 @@ IN_ENV = PATH="$$PWD/$(BIN):$$PATH"
 TORCH = 2.13.0
 DEPS = settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini constraints clean
+.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini bench-large bench-unknown bench-fuzz constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,15 @@ mini: install-dev  ## pretrain the embedded base again, with its held-out number
 	SCIMLORA_PROGRESS=1 $(BIN)/python -c 'from scimlora.pretrain import make_mini; make_mini()'
 
 # No index is named, so none is written. CUDA packages stay out: only builds that need them ask for them.
+bench-large: demo install-dev  ## a million cells through prepare and annotate: benchmarks/LARGE.md
+	$(IN_ENV) python benchmarks/large_files.py
+
+bench-unknown: install-dev  ## scores for cells of an untaught kind: benchmarks/UNKNOWN.md
+	$(IN_ENV) SCIMLORA_PROGRESS=1 python benchmarks/unknown_cells.py
+
+bench-fuzz: install-dev  ## 2,000 broken and malicious files: benchmarks/FUZZ.md
+	$(IN_ENV) python benchmarks/fuzz_files.py --n 2000 --seed 0
+
 constraints: install-dev  ## pin the newest versions that work together
 	$(BIN)/python -m pip install -q uv
 	echo "torch==$(TORCH)" | $(BIN)/uv pip compile -q --universal --python-version 3.10 --no-header --no-annotate \
