@@ -10,6 +10,7 @@ __all__ = ['BASELINES', 'COLOURS', 'score', 'tuned_logreg', 'recalibrate_batchno
 # %% ../nbs/04_evaluation.ipynb #17b0aad4
 import copy
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import nn
 
 from .base import fold, run_layers
-from .calibration import MISSES, brier, ece
+from .calibration import MISSES, brier, ece, fit_temperature
 from .core import InputError, atomic_path, progress, write_json
+from .genepath import GenePath, fit_genepath
 
 # %% ../nbs/04_evaluation.ipynb #390ee176
 def _per_class(y, predicted):
@@ -142,7 +144,7 @@ def recalibrate_batchnorm(encoder, X, batch=4096):
     return enc.eval()
 
 # %% ../nbs/04_evaluation.ipynb #da115436
-BASELINES = ("majority", "base_knn", "base_linear", "base_linear_bn_recalibrated", "logreg_genes")
+BASELINES = ("majority", "base_knn", "base_linear", "base_linear_bn_recalibrated", "logreg_genes", "gene_path")
 _KNN_CELLS = 5000
 
 
@@ -193,7 +195,7 @@ def fit_baselines(base, X, y, classes, groups=None, seed=0):
     z = base.embed(X)
     steps = {"base_knn": lambda: _fit_knn(z, y, groups, n, seed), "base_linear": lambda: _fit_linear(_scaled(z), y, groups, seed),
              "base_linear_bn_recalibrated": lambda: _fit_bn(base, X, y, groups, seed),
-             "logreg_genes": lambda: _fit_linear(X, y, groups, seed, (0.01, 0.1, 1.0))}
+             "logreg_genes": lambda: _fit_linear(X, y, groups, seed, (0.01, 0.1, 1.0)), "gene_path": lambda: _fit_gene_path(base, X, y, n, seed)}
     for name in (bar := progress(steps, "baselines", unit="fit")):
         bar.set_postfix_str(name)
         start = time.perf_counter()
@@ -215,6 +217,12 @@ def _fit_knn(z, y, groups, n, seed):
     return dict(z=z, y=y[rows].astype(np.int32)), dict(k=k, reference_cells=len(rows))
 
 
+def _fit_gene_path(base, X, y, n, seed):
+    out, folds = np.zeros((len(y), n)), _folds(y, None, seed=seed)
+    for train, test in folds: out[test] = fit_genepath(base, X[train], y[train], n, seed=seed).logits(X[test])
+    return vars(fit_genepath(base, X, y, n, seed=seed)), dict(temperature=fit_temperature(out, y) if folds else 1.0)
+
+
 def _fit_bn(base, X, y, groups, seed):
     enc = recalibrate_batchnorm(base.encoder, X)
     found, settings = _fit_linear(_scaled(run_layers(fold(enc), X)), y, groups, seed)
@@ -227,6 +235,7 @@ def _parts(name, tensors):
     "Names of the tensors that a stored baseline needs."
     if name == "majority": return ["majority.share"]
     if name == "base_knn": return ["base_knn.z", "base_knn.y", "majority.share"]
+    if name == "gene_path": return [f"gene_path.{f.name}" for f in fields(GenePath)]
     parts = [f"{name}.weight", f"{name}.bias"]
     return parts + (["base_linear_bn_recalibrated.bn0.mean", "base_linear_bn_recalibrated.bn0.var"] if name.endswith("recalibrated") else [])
 
@@ -248,12 +257,13 @@ def baseline_proba(name, tensors, info, base, X):
     numpy.ndarray, shape (n_cells, n_classes)
     """
     lacking = [k for k in _parts(name, tensors) if k not in tensors]
-    if lacking or (name == "base_knn" and "k" not in info.get(name, {})):
-        raise InputError(f"baselines.safetensors: lacks {(lacking or ['the settings of base_knn'])[0]}; copy the bundle again, or tune it again")
+    if lacking or any(name == n and key not in info.get(n, {}) for n, key in (("base_knn", "k"), ("gene_path", "temperature"))):
+        raise InputError(f"baselines.safetensors: lacks {(lacking or [f'the settings of {name}'])[0]}; copy the bundle again, or tune it again")
     get = lambda key: np.asarray(tensors[f"{name}.{key}"])
     if name == "majority": return np.tile(get("share"), (X.shape[0], 1))
     if name == "base_knn":
         return _knn_proba(base.embed(X), get("z").astype(np.float32), get("y"), info[name]["k"], len(tensors["majority.share"]))
+    if name == "gene_path": return softmax(GenePath(*(get(f.name) for f in fields(GenePath))).logits(X) / info[name]["temperature"], axis=1)
     if name == "logreg_genes": features = X
     elif name == "base_linear": features = _scaled(base.embed(X))
     else: features = _scaled(run_layers(fold(_with_statistics(base.encoder, get)), X))

@@ -26,7 +26,7 @@ from scimlora.genes import place_genes
 
 CSV = ["cell_id", "cell_type", "confidence", "unassigned", "top3", "reason"]
 SCORES = {"n_cells", "n_classes", "accuracy", "top3_accuracy", "macro_f1", "balanced_accuracy", "ece", "per_class"}
-BASELINES = {"majority", "base_knn", "base_linear", "base_linear_bn_recalibrated", "logreg_genes"}
+BASELINES = {"majority", "base_knn", "base_linear", "base_linear_bn_recalibrated", "logreg_genes", "gene_path"}
 BUNDLE = {"manifest.json", "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "label_classes.txt", "calibration.json", "README.md"}
 
 

@@ -19,7 +19,7 @@ from page.genes import parse_genes, preset_text, presets
 UNITS = {"auto": "whatever the numbers look like", "counts": "counts", "cpm": "scaled to one total, not logged (CPM, TPM)",
          "log1p_cp10k": "log-normalised (log1p CP10K)"}
 METHODS = {"majority": "always the commonest type", "base_knn": "base model, nearest cells", "base_linear": "base model, linear head",
-           "base_linear_bn_recalibrated": "base model, recalibrated", "logreg_genes": "logistic regression on genes"}
+           "base_linear_bn_recalibrated": "base model, recalibrated", "logreg_genes": "logistic regression on genes", "gene_path": "genes, weighted by the base"}
 NO_MODEL = ("No model is loaded. Make one with `scimlora demo` (a few minutes) and start this page again in the same folder. "
             "Or set `SCIMLORA_BUNDLE` to a folder that `scimlora tune` wrote, or `API_URL` to where `scimlora serve` runs.")
 
