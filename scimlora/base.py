@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASES', 'Encoder', 'Layer', 'linear_names', 'fold', 'run_layers', 'encoder_from_state', 'Base', 'base_path',
-           'load_base', 'save_base']
+           'load_base', 'save_base', 'load_head']
 
 # %% ../nbs/02_base.ipynb #95fac0e7
 import json
@@ -16,6 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import load
 from torch import nn
 
 from .core import InputError, atomic_dir, sha256
@@ -310,3 +311,29 @@ def save_base(base, path, half=False):
 
 
 Base.save = save_base
+
+# %% ../nbs/02_base.ipynb #1fbe5bcd
+def load_head(path):
+    """Read a base's label head.
+
+    Parameters
+    ----------
+    path : str or Path
+        The base's folder.
+
+    Returns
+    -------
+    numpy.ndarray of float32, shape (n_classes, latent)
+        Weights for the embedding times the square root of its dimension.
+    numpy.ndarray of float32, shape (n_classes,)
+        Bias. The classes are in the order of the base's `labels`.
+
+    Raises
+    ------
+    InputError
+        If the base has no label head.
+    """
+    path = Path(path) / "label_head.safetensors"
+    if not path.exists(): raise InputError(f"{path}: no such file; this base has no label head, so tune a classifier on it first")
+    head = load(path.read_bytes())
+    return head["weight"], head["bias"]

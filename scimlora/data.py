@@ -285,13 +285,14 @@ class Cells:
     genes: list  # the model's gene symbols
     report: dict = field(default_factory=dict)  # numbers, see `align_cells`
     notes: list = field(default_factory=list)  # the same in words
+    panel: np.ndarray | None = None  # (n_cells,) bool: cells of which a handful of genes are known; None: none is
 
     def __len__(self): return self.X.shape[0]
 
     def __getitem__(self, rows):
         "Return the chosen cells (a mask, indices or a slice)."
         return Cells(self.X[rows], self.obs[rows] if isinstance(rows, slice) else self.obs.iloc[np.arange(len(self))[rows]],
-                     self.genes, self.report, self.notes)
+                     self.genes, self.report, self.notes, None if self.panel is None else self.panel[rows])
 
 # %% ../nbs/01_data.ipynb #3086de0e
 def _notes(r):

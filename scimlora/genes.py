@@ -248,13 +248,16 @@ def _place_case(names, upper, filled):
 
 
 def _place_genes(claims, held, filled):
-    "Return name → (column, kind) by the gene that the name stands for, and the ambiguous names."
+    """Return name → (column, kind) by the gene that the name stands for, and the ambiguous names.
+
+    Two symbols that were given up for one gene are both that gene, and are added up; two other names for it are a guess.
+    """
     to, ambiguous = {}, set()
     for g, (names, kind) in claims.items():
         column, how = held.get(g, (None, ""))
         if column is None or column in filled: continue
-        if column < 0 or len(names) > 1: ambiguous.update(names)
-        else: to[names[0]] = column, KINDS[max(KINDS.index("case"), KINDS.index(kind), KINDS.index(how))]   # never exact here
+        if column < 0 or (len(names) > 1 and kind != "previous"): ambiguous.update(names)
+        else: to |= dict.fromkeys(names, (column, KINDS[max(KINDS.index("case"), KINDS.index(kind), KINDS.index(how))]))   # never exact here
     return to, ambiguous
 
 # %% ../nbs/00a_genes.ipynb #9c44bc2b

@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['MARKERS', 'NEVER', 'HELD_OUT', 'RECIPES', 'label_table', 'class_sets', 'Study', 'as_study', 'study_table',
            'corpus_studies', 'study_markers', 'choose_genes', 'Corpus', 'make_corpus', 'vary', 'Recipe', 'set_loss',
-           'triplet_loss', 'Pretrainer', 'train', 'few_shot', 'score_base', 'held_out_rows', 'held_out_table',
-           'summarise', 'write_annotation', 'make_card', 'card_text', 'write_base', 'pretrain', 'make_mini',
-           'load_head']
+           'triplet_loss', 'Pretrainer', 'components', 'train', 'few_shot', 'score_base', 'held_out_rows', 'in_workers',
+           'held_out_table', 'summarise', 'write_annotation', 'make_card', 'card_text', 'write_base', 'pretrain',
+           'make_mini']
 
 # %% ../nbs/02a_pretrain.ipynb #3c4d1442
 import math
+import os
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +24,11 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 from torch import nn
 
 from .core import InputError, atomic_dir, progress, seed_everything, versions, write_json
+from .genes import current_symbols, identify, is_gene
 from .data import align_cells, find_counts, gene_match, log1p_cp10k, obs_column
 from .examples import shared, shared_dir
 from .base import BASES, Base, Encoder, fold, load_base, run_layers, save_base
@@ -73,7 +78,7 @@ def class_sets(dataset, labels, table=None):
 MARKERS = {
     "T cell": "CD3D CD3E CD3G CD2 IL7R TRAC CD4 CD8A CD8B CCR7 SELL LEF1 TCF7 FOXP3 IL2RA CTLA4 TRDC TRGC1 GZMK CD40LG",
     "NK cell": "NKG7 GNLY KLRD1 KLRF1 NCAM1 PRF1 GZMB GZMA FCER1G", "B cell": "MS4A1 CD19 CD79A CD79B CD74 BANK1 TCL1A",
-    "plasma cell": "MZB1 SDC1 JCHAIN IGJ IGHG1 IGHA1 IGKC XBP1 CD38 TNFRSF17",
+    "plasma cell": "MZB1 SDC1 JCHAIN IGHG1 IGHA1 IGKC XBP1 CD38 TNFRSF17",
     "monocyte": "LYZ CD14 FCGR3A S100A8 S100A9 FCN1 MS4A7 LST1 CDKN1C VCAN", "macrophage": "CD68 CD163 C1QA C1QB MRC1 MARCO CD5L",
     "dendritic cell": "FCER1A CLEC10A CD1C CLEC9A XCR1 BATF3 LILRA4 CLEC4C IL3RA GZMB", "mast cell": "TPSAB1 TPSB2 CPA3 KIT MS4A2",
     "platelet": "PPBP PF4 GP9 ITGA2B", "erythrocyte": "HBB HBA1 HBA2 HBG1 HBG2 ALAS2 GYPA", "precursor": "CD34 SPINK2 AVP PROM1",
@@ -84,17 +89,17 @@ MARKERS = {
     "liver": "ALB APOA1 APOB TF SERPINA1 CYP3A4 CYP2E1 ASGR1 HAMP TTR KRT7", "astrocyte": "GFAP AQP4 SLC1A2 SLC1A3 ALDH1L1 GJA1",
     "oligodendrocyte": "MBP MOG MAG MOBP CNP OLIG1 OLIG2 PDGFRA CSPG4 GPR17", "microglia": "CX3CR1 P2RY12 TMEM119 AIF1 CSF1R TREM2",
     "neuron": "RBFOX3 SNAP25 SYT1 MAP2 TUBB3 STMN2 DCX NEUROD6 GAD1 GAD2 SLC17A7 SLC32A1 PVALB VIP RELN SATB2 BCL11B",
-    "progenitor": "PAX6 SOX2 NES HES1 EOMES HOPX MKI67 TOP2A", "stem cell": "POU5F1 NANOG LIN28A DPPA4 TDGF1",
+    "progenitor": "PAX6 SOX2 NES HES1 EOMES HOPX MKI67 TOP2A", "stem cell": "POU5F1 NANOG LIN28A DPPA4 CRIPTO",
 }
 
 # %% ../nbs/02a_pretrain.ipynb #57323538
 @dataclass
 class Study:
-    "Hold one file of the corpus: linear values by gene symbol, and what each cell may be."
+    "Hold one file of the corpus: linear values by current gene symbol, and what each cell may be."
     name: str  # file name without .h5ad
     X: sp.csr_matrix  # (n_cells, n_genes) log1p CP10K over the file's own genes
     linear: sp.csr_matrix  # (n_cells, n_genes) linear values
-    var: pd.DataFrame  # one row a gene
+    var: pd.DataFrame  # one row a gene, its current symbol the index; two names of one gene are one row
     sets: np.ndarray  # (n_cells,) classes joined by `|`
     obs: pd.DataFrame
     source: str = ""
@@ -120,7 +125,17 @@ def as_study(name, adata, units="auto"):
     sets = class_sets(name, obs_column(adata.obs, "cell_type"))
     adata, sets = adata[sets != ""], sets[sets != ""]
     e = find_counts(adata, units)
-    return Study(name, log1p_cp10k(e.X), sp.csr_matrix(e.X), e.var, sets, adata.obs.copy(), str(adata.uns.get("source", "")))
+    linear, genes = _by_symbol(sp.csr_matrix(e.X), e.var.index)
+    return Study(name, log1p_cp10k(linear), linear, pd.DataFrame(index=genes), sets, adata.obs.copy(), str(adata.uns.get("source", "")))
+
+
+def _by_symbol(X, names):
+    "Name columns by today's symbol, several of one gene added up. No gene, or unclear beside the others: left out. Unknown: kept."
+    names = np.array(current_symbols(names.astype(str)))
+    sure = is_gene(names) & [identify(g)[0] in ("symbol", "") for g in names]
+    genes, column = np.unique(names[sure], return_inverse=True)
+    to = sp.csr_matrix((np.ones(len(column), np.float32), (np.flatnonzero(sure), column)), shape=(len(names), len(genes)))
+    return sp.csr_matrix(X @ to), genes
 
 # %% ../nbs/02a_pretrain.ipynb #0cf5e73b
 def study_table():
@@ -171,7 +186,7 @@ def study_markers(study, per_class=40):
     -------
     list of str
     """
-    genes = study.var.index.astype(str).to_numpy()
+    genes = study.var.index.to_numpy()
     total, out = np.asarray(study.X.sum(0)).ravel(), set()
     for c, n in zip(*np.unique(study.sets.astype(str), return_counts=True)):
         if n < 5 or n == len(study.sets): continue
@@ -192,13 +207,12 @@ def choose_genes(studies, n_genes=14500):
     Returns
     -------
     list of str
-        Gene symbols in alphabetical order.
+        Gene symbols in alphabetical order: current ones, or names that nobody knows.
     """
-    names = sorted({g for s in studies for g in s.var.index.astype(str)})
+    names = sorted({g for s in studies for g in s.var.index})
     seen = pd.Series(0.0, index=names)
     for s in studies:
-        rate = pd.Series(np.asarray((s.X > 0).mean(0)).ravel(), index=s.var.index.astype(str))
-        rate = rate[gene_match(s.var, names)[0].matrix.getnnz(1) > 0].groupby(level=0).max()
+        rate = pd.Series(np.asarray((s.X > 0).mean(0)).ravel(), index=s.var.index)
         seen[rate.index] += (rate > 0.01) + rate / 2
     must = {g for line in MARKERS.values() for g in line.split()} | {g for s in studies for g in study_markers(s)}
     seen[seen.index.isin(must) & (seen > 0)] += len(studies) + 1
@@ -274,16 +288,17 @@ def vary(X, present, rng, thin=0.5, panel=0.5, drop=0.2):
 @dataclass
 class Recipe:
     "Say how a base is trained."
-    objective: str = "sets"  # 'sets': cross-entropy on label sets; 'triplet': SCimilarity's
+    objective: str = "sets"  # 'sets': cross-entropy on label sets; 'triplet': SCimilarity's; 'none': no labels
+    components: float = 10  # weight of the mean squared error of the principal components; 0: none
+    reconstruct: float = 0  # weight of the mean squared error of the genes
     hidden: tuple = (256, 256)
     latent: int = 128
-    epochs: int = 8
+    epochs: int = 5
     batch: int = 256
     lr: float = 2e-3
     weight_decay: float = 1e-2
     input_dropout: float = 0.5
-    dropout: float = 0.5
-    reconstruct: float = 0.1  # weight of the mean squared error
+    dropout: float = 0.0
     thin: float = 0.5
     panel: float = 0.5
     balance: float = 0.5  # a class of n cells in a study is drawn in proportion to n ** (1 - balance)
@@ -349,20 +364,28 @@ class Pretrainer(nn.Module):
     ----------
     n_genes, n_classes : int
     recipe : Recipe
+    loadings : numpy.ndarray, shape (n_genes, n_components), optional
+        Of the principal components; the first layer starts from them.
     """
 
-    def __init__(self, n_genes, n_classes, recipe):
+    def __init__(self, n_genes, n_classes, recipe, loadings=None):
         super().__init__()
         self.recipe = recipe
         self.encoder = Encoder(n_genes, recipe.hidden, recipe.latent, recipe.dropout, 0)  # the input's dropout is in `vary`
         self.head = nn.Linear(recipe.latent, n_classes)
+        if loadings is not None:
+            self.components, first = nn.Linear(recipe.latent, loadings.shape[1]), self.encoder.network[0][1]
+            with torch.no_grad(): first.weight[:loadings.shape[1]] = torch.from_numpy(loadings.T[:recipe.hidden[0]])
         self.decoder = nn.Sequential(nn.Linear(recipe.latent, recipe.hidden[0]), nn.PReLU(), nn.Linear(recipe.hidden[0], n_genes))
 
-    def loss(self, x, whole, allowed, study, present, genes):
-        "Return the loss of a batch: `x` as varied, `whole` as measured; `genes` are the ones to reconstruct."
+    def loss(self, x, scores, whole, allowed, study, present, genes):
+        "Return the loss of a batch: `x` as varied, `scores` and `whole` as measured; `genes` are the ones to reconstruct."
         r = self.recipe
         z = self.encoder(x) * math.sqrt(r.latent)
-        out = set_loss(self.head(z), allowed) if r.objective == "sets" else triplet_loss(z / math.sqrt(r.latent), allowed, study, r.margin) * 1e-3
+        if r.objective == "sets": out = set_loss(self.head(z), allowed)
+        elif r.objective == "triplet": out = triplet_loss(z / math.sqrt(r.latent), allowed, study, r.margin) * 1e-3
+        else: out = 0
+        if r.components: out = out + r.components * F.mse_loss(self.components(z), scores)
         if not r.reconstruct: return out
         last = self.decoder[2]
         guess = F.linear(self.decoder[:2](z), last.weight[genes], last.bias[genes])
@@ -375,6 +398,37 @@ def _draw(corpus, recipe, rng):
     _, group, n = np.unique(key, return_inverse=True, return_counts=True)
     w = n[group] ** -float(recipe.balance)
     return rng.choice(len(w), len(w), p=w / w.sum())
+
+# %% ../nbs/02a_pretrain.ipynb #f93e9fc6
+def components(corpus, n, recipe, rng, n_cells=6000, rounds=3):
+    """Find the principal components of a corpus, scaled to a variance of one.
+
+    Parameters
+    ----------
+    corpus : Corpus
+    n : int
+        How many.
+    recipe : Recipe
+        Its `balance` says how cells are drawn.
+    rng : numpy.random.Generator
+    n_cells : int
+        How many cells are drawn.
+    rounds : int
+        Of subspace iteration (Halko et al., SIAM Review 2011).
+
+    Returns
+    -------
+    numpy.ndarray of float32, shape (n_genes, n)
+        Loadings: cells times these, less their mean, are the scores.
+    numpy.ndarray of float32, shape (n,)
+        That mean.
+    """
+    X = corpus.X[_draw(corpus, recipe, rng)[:n_cells]]
+    Q = rng.normal(size=(X.shape[1], n + 16)).astype(np.float32)
+    for _ in range(rounds): Q = np.linalg.qr(X.T @ (X @ Q))[0]
+    loadings = Q @ np.linalg.svd(X @ Q, full_matrices=False)[2][:n].T
+    loadings /= (X @ loadings).std(0)
+    return loadings, (X @ loadings).mean(0)
 
 # %% ../nbs/02a_pretrain.ipynb #163c085a
 def _settle(encoder, corpus, recipe, rng, batches=20):
@@ -410,7 +464,8 @@ def train(corpus, recipe=Recipe(), seed=0, settle=True):
     """
     seed_everything(seed)
     rng, n = np.random.default_rng(seed), len(corpus.study)
-    model = Pretrainer(len(corpus.genes), len(corpus.classes), recipe)
+    kept = components(corpus, recipe.latent, recipe, rng) if recipe.components else (None, None)
+    model = Pretrainer(len(corpus.genes), len(corpus.classes), recipe, kept[0])
     steps = recipe.epochs * (n // recipe.batch)
     opt = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, recipe.lr, total_steps=steps, pct_start=0.15)
@@ -418,7 +473,7 @@ def train(corpus, recipe=Recipe(), seed=0, settle=True):
     for _ in range(recipe.epochs):
         order, total = _draw(corpus, recipe, rng), 0.0
         for i in range(n // recipe.batch):
-            loss = model.loss(*_batch(corpus, order[i * recipe.batch:(i + 1) * recipe.batch], recipe, rng))
+            loss = model.loss(*_batch(corpus, order[i * recipe.batch:(i + 1) * recipe.batch], recipe, rng, *kept))
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step(); bar.update(1)
             total += loss.item()
         losses.append(total / (n // recipe.batch))
@@ -429,13 +484,13 @@ def train(corpus, recipe=Recipe(), seed=0, settle=True):
     return model.encoder, model.head, losses
 
 # %% ../nbs/02a_pretrain.ipynb #5f854818
-def _batch(corpus, rows, recipe, rng, n_reconstruct=2048):
+def _batch(corpus, rows, recipe, rng, loadings, mean, n_reconstruct=2048):
     X, genes = corpus.X[rows], rng.choice(len(corpus.genes), min(n_reconstruct, len(corpus.genes)), replace=False)
     x = vary(X, corpus.present, rng, recipe.thin, recipe.panel, recipe.input_dropout)
     present = corpus.present[corpus.study[rows]][:, genes]
     whole = X[:, genes].toarray() if recipe.reconstruct else np.zeros((1, 1), np.float32)
-    return (torch.from_numpy(x.toarray()), torch.from_numpy(whole), torch.from_numpy(corpus.allowed[rows]),
-            torch.from_numpy(corpus.study[rows]), torch.from_numpy(present), torch.from_numpy(genes))
+    scores = X @ loadings - mean if recipe.components else np.zeros((1, 1), np.float32)
+    return [torch.from_numpy(a) for a in (x.toarray(), scores, whole, corpus.allowed[rows], corpus.study[rows], present, genes)]
 
 # %% ../nbs/02a_pretrain.ipynb #5522bff8
 HELD_OUT = dict(baron="pancreas_baron_h1", enge="pancreas_enge2017_cpm", kang="pbmc_kang2018_ctrl", darmanis="brain_darmanis2015")
@@ -469,7 +524,7 @@ def few_shot(z, y, shots=5, seed=0):
     return {k: 100 * f1_score(y[test], m.fit(z[train], y[train]).predict(z[test]), average="macro") for k, m in models.items()}
 
 # %% ../nbs/02a_pretrain.ipynb #5b3f8899
-def score_base(adata, encoder, genes, shots=(3, 5, 25), draws=3, min_cells=15, seed=0):
+def score_base(adata, encoder, genes, shots=(3, 5, 25), draws=3, min_cells=15, seed=0, yardsticks=True):
     """Measure a frozen encoder on a study, next to a random encoder, principal components and the genes themselves.
 
     Parameters
@@ -487,6 +542,8 @@ def score_base(adata, encoder, genes, shots=(3, 5, 25), draws=3, min_cells=15, s
         Classes with fewer cells are left out.
     seed : int
         Of the random encoder.
+    yardsticks : bool
+        Whether to measure the other three.
 
     Returns
     -------
@@ -498,15 +555,17 @@ def score_base(adata, encoder, genes, shots=(3, 5, 25), draws=3, min_cells=15, s
     y = obs_column(adata.obs, "cell_type")
     ok = pd.Series(y).map(pd.Series(y).value_counts()).to_numpy() >= min_cells
     X, y = align_cells(adata, genes).X[ok], y[ok].astype(str)
-    seed_everything(seed)
-    blank = Encoder(len(genes), [b[1].out_features for b in encoder.network[:-1]], encoder.network[-1].out_features).eval()
-    ways = {"base": run_layers(fold(encoder), X) * math.sqrt(encoder.network[-1].out_features),
-            "random encoder": run_layers(fold(blank), X) * math.sqrt(encoder.network[-1].out_features),
-            "PCA": PCA(50, random_state=0).fit_transform(X), "genes": X}
+    embed = lambda e: run_layers(fold(e), X) * math.sqrt(e.network[-1].out_features)
+    ways = {"base": embed(encoder)}
+    if yardsticks:
+        seed_everything(seed)
+        blank = Encoder(len(genes), [b[1].out_features for b in encoder.network[:-1]], encoder.network[-1].out_features)
+        ways |= {"random encoder": embed(blank), "PCA": PCA(50, random_state=0).fit_transform(X), "genes": X}
     return [dict(method=k, shots=s, draw=d, **few_shot(z, y, s, d)) for k, z in ways.items() for s in shots for d in range(draws)]
 
 # %% ../nbs/02a_pretrain.ipynb #6720cd90
-RECIPES = {"base": Recipe(), "SCimilarity's objective": Recipe(objective="triplet", reconstruct=0.999)}
+RECIPES = {"base": Recipe(), "labels and genes": Recipe(components=0, reconstruct=0.1, dropout=0.5),  # as the first `mini` was
+           "SCimilarity's objective": Recipe("triplet", components=0, reconstruct=0.999, dropout=0.5)}
 
 # %% ../nbs/02a_pretrain.ipynb #8039d819
 def held_out_rows(name, seed=0, method="base"):
@@ -529,11 +588,47 @@ def held_out_rows(name, seed=0, method="base"):
     studies = corpus_studies([name])
     corpus = make_corpus(studies, choose_genes(studies))
     encoder, *_ = train(corpus, RECIPES[method], seed)
-    rows = pd.DataFrame(score_base(shared(HELD_OUT[name]), encoder, corpus.genes, seed=seed)).assign(study=name, seed=seed)
-    return rows if method == "base" else rows[rows.method == "base"].assign(method=method)
+    rows = score_base(shared(HELD_OUT[name]), encoder, corpus.genes, seed=seed, yardsticks=method == "base")
+    return pd.DataFrame(rows).assign(study=name, seed=seed).replace({"method": {"base": method}})
 
 # %% ../nbs/02a_pretrain.ipynb #50f1d911
-def held_out_table(names=tuple(HELD_OUT), seeds=(0, 1, 2)):
+def _start_worker():
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+    os.environ["SCIMLORA_PROGRESS"] = "0"  # the parent has the one bar
+    def end(): parent_process().join(); os._exit(1)  # a parent that was killed cannot end its workers
+    threading.Thread(target=end, daemon=True).start()
+
+
+def in_workers(function, units, workers=2):
+    """Call a function in processes of one thread each.
+
+    Parameters
+    ----------
+    function : callable
+        Found by its name in a module, as pickle needs.
+    units : list of tuple
+        The arguments of each call.
+    workers : int
+        How many processes.
+
+    Yields
+    ------
+    object
+        Results, in the order of `units`. The first failure ends all workers and is raised.
+    """
+    before = set(active_children())
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    try: yield from pool.map(function, *zip(*units))
+    except BaseException:
+        for p in set(active_children()) - before: p.terminate()  # else a failure waits for minutes of other pretrainings
+        raise
+    finally: pool.shutdown(cancel_futures=True)
+
+# %% ../nbs/02a_pretrain.ipynb #7eb7d029
+def held_out_table(names=tuple(HELD_OUT), seeds=(0, 1, 2), workers=2):
     """Pretrain without each study in turn, with several seeds, and measure the bases.
 
     Parameters
@@ -541,7 +636,9 @@ def held_out_table(names=tuple(HELD_OUT), seeds=(0, 1, 2)):
     names : sequence of str
         Keys of `HELD_OUT`.
     seeds : sequence of int
-        SCimilarity's objective is run with the first one only.
+        The recipes that are no `'base'` are run with the first one only.
+    workers : int
+        How many pretrainings run at a time.
 
     Returns
     -------
@@ -549,7 +646,8 @@ def held_out_table(names=tuple(HELD_OUT), seeds=(0, 1, 2)):
         One row a study, seed, method, number of shots and draw.
     """
     units = [(n, s, m) for n in names for m in RECIPES for s in (seeds if m == "base" else seeds[:1])]
-    return pd.concat([held_out_rows(*u) for u in progress(units, "held-out studies")], ignore_index=True)
+    found = in_workers(held_out_rows, units, workers)
+    return pd.concat(progress(found, "held-out studies", len(units)), ignore_index=True)
 
 # %% ../nbs/02a_pretrain.ipynb #945926ac
 def summarise(rows):
@@ -626,7 +724,9 @@ def make_card(corpus, studies, recipe, seed, losses, seconds, held_out=None):
     about = study_table().set_index("dataset") if (BASES / "studies.tsv").exists() else pd.DataFrame()
     data = [dict(dataset=s.name, cells=len(s.sets), labels=int(len(set(s.sets))), genes=len(s.var), source=s.source,
                  **about.loc[s.name, ["accession", "reference", "licence", "note"]]) for s in studies]
+    tried = {name: {k: v for k, v in asdict(r).items() if v != asdict(recipe)[k]} for name, r in RECIPES.items() if r != recipe}
     return dict(data=data, cells=len(corpus.study), genes=len(corpus.genes), classes=corpus.classes, recipe=asdict(recipe), seed=seed,
+                other_recipes={} if held_out is None else tried,
                 loss=[round(x, 4) for x in losses], seconds=round(seconds, 1), held_out=[] if held_out is None else summarise(held_out),
                 never_seen=list(NEVER), versions=versions("scimlora", "torch", "numpy", "scipy"))
 
@@ -656,6 +756,7 @@ def card_text(name, card):
     str
     """
     recipe = ", ".join(f"{k} {v}" for k, v in card["recipe"].items())
+    tried = "".join(f"- {name}: {', '.join(f'{k} {v}' for k, v in r.items())}\n" for name, r in card["other_recipes"].items())
     scores = [dict(r, linear=f"{r['linear']} ± {r['linear_sd']}", knn=f"{r['knn']} ± {r['knn_sd']}") for r in card["held_out"]]
     held = _table(scores, ["study", "method", "shots", "linear", "knn", "seeds"]) if scores else "Not measured."
     return f"""# {name}
@@ -683,6 +784,9 @@ looking at such scores: take differences under 2 points as ties. The principal c
 
 {held}
 
+Methods that are other recipes, where they differ from the base's:
+
+{tried or "None were measured."}
 ## Not for
 
 """ + "\n".join(f"- {x}" for x in _NOT_FOR) + "\n"
@@ -768,29 +872,3 @@ def make_mini(out=None, seeds=(0, 1, 2)):
     Base
     """
     return pretrain(out or BASES / "mini", seed=seeds[0], held_out=held_out_table(seeds=seeds))
-
-# %% ../nbs/02a_pretrain.ipynb #d23f46b5
-def load_head(path):
-    """Read a base's label head.
-
-    Parameters
-    ----------
-    path : str or Path
-        The base's folder.
-
-    Returns
-    -------
-    numpy.ndarray of float32, shape (n_classes, latent)
-        Weights for the embedding times the square root of its dimension.
-    numpy.ndarray of float32, shape (n_classes,)
-        Bias. The classes are in the order of the base's `labels`.
-
-    Raises
-    ------
-    InputError
-        If the base has no label head.
-    """
-    path = Path(path) / "label_head.safetensors"
-    if not path.exists(): raise InputError(f"{path}: no such file; this base has no label head, so tune a classifier on it first")
-    head = load(path.read_bytes())
-    return head["weight"], head["bias"]

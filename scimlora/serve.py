@@ -21,12 +21,9 @@ from starlette.requests import ClientDisconnect
 from .core import InputError, versions
 from .files import read_cells
 from .guard import open_untrusted
-from .predict import Predictor, annotate, genes_to_cells
+from .predict import FEW_GENES, Predictor, annotate, genes_to_cells
 
 # %% ../nbs/06_serve.ipynb #50f280cd
-_FEW_GENES = 200
-
-
 def answer(predictor, cells, units="auto", k=5):
     """Answer what cell types a list of gene → value dictionaries are.
 
@@ -54,7 +51,7 @@ def answer(predictor, cells, units="auto", k=5):
     p = predictor.predict(c)
     out = []
     for top, reason, r in zip(p.top(k), p.reason, c.obs.itertuples()):
-        warnings = [f"only {r.genes_used} genes: a whole cell has hundreds, so take this as a hint"] if r.genes_used < _FEW_GENES else []
+        warnings = [f"only {r.genes_used} genes: a whole cell has hundreds, so take this as a hint"] if r.genes_used < FEW_GENES else []
         if r.genes_unknown: warnings.append(f"{r.genes_unknown} genes are unknown to the model")
         out.append(dict(cell_type=top[0][0], confidence=top[0][1], unassigned=bool(reason), reason=str(reason),
                         predictions=[dict(cell_type=t, confidence=v) for t, v in top], units=r.units,

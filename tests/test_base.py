@@ -2,11 +2,12 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
 
-from scimlora.base import Base, Encoder, load_base
+from scimlora.base import Base, Encoder, load_base, load_head, save_base
 from scimlora.core import InputError
 
 
@@ -22,6 +23,10 @@ def rand():
     with torch.no_grad():
         for _ in range(5): encoder(torch.rand(64, 300) * 3)  # BatchNorm's statistics are no longer 0 and 1
     return Base(encoder.eval().requires_grad_(False), [f"G{i}" for i in range(300)], {0: "alpha", 1: "beta"})
+
+
+@pytest.fixture(scope="module")
+def mini(): return load_base("mini")
 
 
 def test_round_trip(rand, cells, tmp_path):
@@ -74,3 +79,20 @@ def test_a_damaged_base_says_so(rand, tmp_path):
     with pytest.raises(InputError, match="gene_order.tsv has 2 genes"): load_base(tmp_path / "rand")
     (tmp_path / "rand" / "gene_order.tsv").unlink()
     with pytest.raises(InputError, match="lacks gene_order.tsv"): load_base(tmp_path / "rand")
+
+
+def test_mini_annotates_with_no_fine_tuning(mini, other_cells, cells_file, cli, tmp_path):
+    e = cli("annotate", "mini", cells_file, "--out", tmp_path / "out.csv")
+    assert e.code == 0 and "nothing was calibrated" in e.err
+    said = pd.read_csv(tmp_path / "out.csv").cell_type
+    right = (said.to_numpy() == ("pancreatic " + other_cells.obs.cell_type.astype(str)).to_numpy()).mean()
+    assert right > 0.7 and set(said) <= set(mini.labels.values())
+    z = mini.embed(other_cells)
+    W, b = load_head(mini.path)
+    assert list(said) == [list(mini.labels.values())[i] for i in (z * z.shape[1] ** 0.5 @ W.T + b).argmax(1)]
+
+
+def test_a_base_without_a_label_head_says_so(mini, cells_file, cli, tmp_path):
+    save_base(mini, tmp_path / "bare")
+    e = cli("annotate", tmp_path / "bare", cells_file, "--out", tmp_path / "out.csv")
+    assert e.code == 2 and "has no label head" in e.err and e.err.count("\n") == 1
