@@ -138,7 +138,7 @@ def plot_forgetting(curve):
     lines = [("knn", "kept, by neighbours", "o"), ("linear", "kept, by a line", "s"), ("target_macro_f1", "target macro-F1", "D")]
     for i, (key, name, mark) in enumerate(lines):
         if key in curve: ax.plot(curve.alpha, curve[key], mark + "-", color=COLOURS[i], label=name)
-    ax.set(xlabel="strength of the adapter (0: base, 1: bundle)", ylim=(min(0.5, curve[[k for k, *_ in lines if k in curve]].min().min() - 0.03), 1.01))
+    ax.set(xlabel="strength of the adapter (0: base, 1: bundle)", ylabel="accuracy, macro-F1", ylim=(curve[[k for k, *_ in lines if k in curve]].min().min() - 0.05, 1.005))
     ax.legend(frameon=False, loc="lower right")
     return fig
 
