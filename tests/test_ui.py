@@ -241,7 +241,7 @@ def test_what_nobody_foresaw_shows_no_traceback(local, monkeypatch):
 
 def test_a_file_is_examined_and_annotated(local, cells_file, bundle_dir):
     at = upload(local, cells_file.read_bytes())
-    assert {m.label: m.value for m in at.metric}["Cells"] == "120" and "cells.h5ad: 120 cells" in at.expander[0].code[0].value
+    assert {m.label: m.value for m in at.metric}["Cells"] == "120" and "cells.h5ad (h5ad): 120 cells" in at.expander[0].code[0].value
     assert "result" not in at.session_state["file"]
     press(at, "Annotate the cells")
     result, want = at.session_state["file"]["result"], Predictor(bundle_dir).predict(ad.read_h5ad(cells_file))
