@@ -265,7 +265,7 @@ def _fits(kind, v):
     return _number(v)
 
 # %% ../nbs/03a_calibration.ipynb #36bd70d5
-def fit_calibration(logits, y, distances, error=0.05, keep=0.97, source="", donors=None):
+def fit_calibration(logits, y, distances, error=0.05, keep=0.97, margin=2.0, source="", donors=None):
     """Fit temperature, thresholds and prediction sets on held-out cells.
 
     Parameters
@@ -278,6 +278,9 @@ def fit_calibration(logits, y, distances, error=0.05, keep=0.97, source="", dono
         Share of wrong labels allowed among assigned cells.
     keep : float
         Share of the held-out cells that are like enough to be assigned.
+    margin : float
+        How much farther out than those a cell may still lie: cells of other laboratories lie farther than those of other
+        donors. With 1, the share left unassigned among cells of other donors is 1 - keep; with 2, fewer strangers are told.
     source : str
         Which cells these are, for the record.
     donors : sequence, optional
@@ -292,6 +295,6 @@ def fit_calibration(logits, y, distances, error=0.05, keep=0.97, source="", dono
     p = cal.proba(logits)
     cal.min_confidence = confidence_threshold(p.max(1), p.argmax(1) == y, error)
     cal.center, cal.scale = spread_of(distances)
-    cal.max_unlike = float(np.quantile(cal.unlike(distances), keep))
+    cal.max_unlike = margin * max(float(np.quantile(cal.unlike(distances), keep)), 1.0)
     cal.conformal = {str(m): conformal_thresholds(p, y, donors, m).tolist() for m in MISSES}
     return cal
