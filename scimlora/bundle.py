@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'FILES', 'Bundle', 'model_card', 'check_target', 'save_bund
 
 # %% ../nbs/03b_bundle.ipynb #7ebca0b0
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,11 @@ from .base import BASES, load_base
 from .calibration import Calibration
 from .core import InputError, atomic_dir, check_output, read_json, write_json
 from .data import NORMALISATION
+from .genepath import GenePath
 from .lora import Head, adapter_deltas
 
 # %% ../nbs/03b_bundle.ipynb #3c7b9b04
-SCHEMA = 1
+SCHEMA = 2  # 2 brought the class centroids of the base and the gene path
 _CENTROIDS = ("centroids", "base_centroids")
 FILES = ("manifest.json", "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "label_classes.txt", "calibration.json")
 
@@ -38,6 +39,7 @@ class Bundle:
     calibration: Calibration
     centroids: np.ndarray  # (n_classes, latent) mean adapted embedding of each class
     base_centroids: np.ndarray  # (n_classes, latent) the same in the frozen base's embedding
+    genepath: GenePath | None = None
     baselines: dict = field(default_factory=dict)  # tensors by name, see scimlora.evaluation
     baselines_info: dict = field(default_factory=dict)  # settings of the baselines
     path: Path | None = None
@@ -91,6 +93,7 @@ def _write(folder, b):
     save_file({k: v.contiguous() for k, v in b.adapter.items()}, folder / "adapter_model.safetensors")
     head = {"weight": b.head.linear.weight, "bias": b.head.linear.bias, **{k: torch.from_numpy(np.asarray(getattr(b, k), np.float32)) for k in _CENTROIDS}}
     save_file({k: v.detach().contiguous() for k, v in head.items()}, folder / "head.safetensors")
+    if b.genepath is not None: save_file({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in vars(b.genepath).items()}, folder / "genepath.safetensors")
     (folder / "label_classes.txt").write_text("\n".join(b.classes) + "\n", encoding="utf-8")
     write_json(folder / "calibration.json", b.calibration.to_dict())
     if b.baselines:
@@ -180,7 +183,8 @@ def _manifest(path):
     m = read_json(path / "manifest.json")
     if not isinstance(m, dict) or "schema_version" not in m: raise InputError(f"{path}/manifest.json: names no schema version; copy the bundle again")
     if m["schema_version"] != SCHEMA:
-        raise InputError(f"{path}: schema version {m['schema_version']}, this scimlora reads {SCHEMA}; update scimlora")
+        old = type(m["schema_version"]) is int and m["schema_version"] < SCHEMA
+        raise InputError(f"{path}: schema version {m['schema_version']}, this scimlora reads {SCHEMA}; " + ("tune it again with this version" if old else "update scimlora"))
     base = m.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("name"), str):
         raise InputError(f"{path}/manifest.json: does not name its base; copy the bundle again")
@@ -214,6 +218,19 @@ def _head(path, classes):
     head.linear.load_state_dict({k: t[k] for k in ("weight", "bias")})
     return head.requires_grad_(False), *(t[k].numpy() for k in _CENTROIDS)
 
+
+def _genepath(path, classes):
+    "The gene path, or None."
+    file = path / "genepath.safetensors"
+    if not file.exists(): return None
+    t, names = _tensors(file)[0], [f.name for f in fields(GenePath)]
+    for k in names:
+        if k not in t: raise InputError(f"{file}: lacks {k}; copy the bundle again")
+        if not t[k].isfinite().all(): raise InputError(f"{file}: {k} holds NaN or infinite values; tune again")
+    n = len(t["prior"]) if t["prior"].ndim == 1 else 0
+    if [list(t[k].shape) for k in names] != [[n, len(classes)], [len(classes)], [n], [n], [n]]: raise InputError(f"{file}: its parts do not fit each other; copy the bundle again")
+    return GenePath(*(t[k].numpy() for k in names))
+
 # %% ../nbs/03b_bundle.ipynb #ec110252
 def load_bundle(bundle):
     """Open a bundle.
@@ -240,7 +257,7 @@ def load_bundle(bundle):
     stored = path / "baselines.safetensors"
     tensors, info = _tensors(stored) if stored.exists() else ({}, {})
     return Bundle(manifest, config, adapter, head, classes, Calibration.from_dict(read_json(path / "calibration.json")), *centroids,
-                  tensors, json.loads(info.get("info", "{}")), path)
+                  _genepath(path, classes), tensors, json.loads(info.get("info", "{}")), path)
 
 
 Bundle.load = staticmethod(load_bundle)
@@ -274,6 +291,8 @@ def base_of(bundle, base=None):
         if base.sha256.get(f) != sha:
             raise InputError(f"the bundle was made on base '{want['name']}', and {base.name} is another ({f} differs); "
                              "give the right one with --base DIR")
+    if bundle.genepath is not None and len(bundle.genepath.prior) != len(base.genes):
+        raise InputError(f"genepath.safetensors: is of {len(bundle.genepath.prior):,} genes, the base has {len(base.genes):,}; copy the bundle again")
     if bundle.head is not None and bundle.head.linear.in_features != base.latent:
         raise InputError(f"head.safetensors: reads {bundle.head.linear.in_features} numbers a cell, the base gives {base.latent}; copy the bundle again")
     return base

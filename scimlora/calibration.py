@@ -217,6 +217,9 @@ MISSES = (0.05, 0.1, 0.2)  # shares that prediction sets may miss
 class Calibration:
     "Hold what turns logits and embeddings into probabilities and a decision to assign."
     temperature: float = 1.0
+    encoder_weight: float = 1.0  # share of the encoder in the joined answer; the rest is the gene path's
+    encoder_temperature: float = 1.0  # of the encoder's logits before they are joined
+    gene_temperature: float = 1.0  # of the gene path's
     min_confidence: float = 0.0  # below it a cell is unassigned
     max_unlike: float = 1e9  # above it a cell is unassigned
     center: list = field(default_factory=lambda: [0.0, 0.0])  # of distances to the nearest centroid: adapted, base
@@ -226,9 +229,27 @@ class Calibration:
     cells: int = 0  # held-out cells it was fitted on
     source: str = ""  # which cells those were
 
-    def proba(self, logits):
-        "Return probabilities, shape (n_cells, n_classes), rows that sum to 1."
-        return softmax(np.asarray(logits, np.float64) / self.temperature, axis=1)
+    def join(self, encoder, genes=None):
+        """Return the logits of both paths as one: a weighted product of their probabilities.
+
+        Parameters
+        ----------
+        encoder : numpy.ndarray, shape (n_cells, n_classes)
+            Logits of the adapted encoder and its head.
+        genes : numpy.ndarray, shape (n_cells, n_classes), optional
+            Logits of the gene path.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_cells, n_classes)
+        """
+        if genes is None: return np.asarray(encoder, np.float64)
+        paths = (encoder, self.encoder_temperature, self.encoder_weight), (genes, self.gene_temperature, 1 - self.encoder_weight)
+        return sum(w * log_softmax(np.asarray(v, np.float64) / t, axis=1) for v, t, w in paths)
+
+    def proba(self, encoder, genes=None):
+        "Return probabilities, shape (n_cells, n_classes), rows that sum to 1, of the logits of one path or of both."
+        return softmax(self.join(encoder, genes) / self.temperature, axis=1)
 
     def unlike(self, distances):
         "Return how unlike all classes cells are, shape (n_cells,), from distances in both embeddings, shape (n_cells, 2)."
@@ -245,7 +266,9 @@ class Calibration:
         known = {f.name: f.type for f in fields(cls)}
         bad = "no object" if not isinstance(values, dict) else next((f"an unknown key {k!r}" for k in values if k not in known), None)
         bad = bad or next((f"{k} = {values.get(k)!r}" for k, kind in known.items() if not _fits(kind, values.get(k))), None)
-        if not bad and (values["temperature"] <= 0 or min(values["scale"]) <= 0): bad = "a temperature or scale that is not above 0"
+        if not bad and min(values["temperature"], values["encoder_temperature"], values["gene_temperature"], *values["scale"]) <= 0:
+            bad = "a temperature or scale that is not above 0"
+        if not bad and not 0 <= values["encoder_weight"] <= 1: bad = f"encoder_weight = {values['encoder_weight']}, which is no share"
         if bad: raise InputError(f"calibration.json: holds {bad}; copy the bundle again")
         return cls(**values)
 
@@ -265,15 +288,20 @@ def _fits(kind, v):
     return _number(v)
 
 # %% ../nbs/03a_calibration.ipynb #36bd70d5
-def fit_calibration(logits, y, distances, error=0.05, keep=0.97, margin=2.0, source="", donors=None):
-    """Fit temperature, thresholds and prediction sets on held-out cells.
+def fit_calibration(encoder, genes, y, distances, weight=1.0, error=0.05, keep=0.97, margin=2.0, source="", donors=None):
+    """Fit temperatures, thresholds and prediction sets on held-out cells.
 
     Parameters
     ----------
-    logits : numpy.ndarray, shape (n_cells, n_classes)
+    encoder : numpy.ndarray, shape (n_cells, n_classes)
+        Logits of the adapted encoder and its head.
+    genes : numpy.ndarray, shape (n_cells, n_classes), or None
+        Logits of the gene path, if there is one.
     y : numpy.ndarray of int, shape (n_cells,)
     distances : numpy.ndarray, shape (n_cells, 2)
         Distance of the same cells to the nearest class centroid, in the adapted and in the base's embedding.
+    weight : float
+        Share of the encoder in the joined answer, 0 to 1; without a gene path it is all.
     error : float
         Share of wrong labels allowed among assigned cells.
     keep : float
@@ -290,9 +318,12 @@ def fit_calibration(logits, y, distances, error=0.05, keep=0.97, margin=2.0, sou
     -------
     Calibration
     """
-    cal = Calibration(temperature=fit_temperature(logits, y), error=error, cells=len(y), source=source)
+    cal = Calibration(error=error, cells=len(y), source=source)
+    if genes is not None:
+        cal.encoder_weight, cal.encoder_temperature, cal.gene_temperature = weight, fit_temperature(encoder, y), fit_temperature(genes, y)
+    cal.temperature = fit_temperature(cal.join(encoder, genes), y)
     if not len(y): return cal
-    p = cal.proba(logits)
+    p = cal.proba(encoder, genes)
     cal.min_confidence = confidence_threshold(p.max(1), p.argmax(1) == y, error)
     cal.center, cal.scale = spread_of(distances)
     cal.max_unlike = margin * max(float(np.quantile(cal.unlike(distances), keep)), 1.0)

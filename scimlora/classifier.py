@@ -15,13 +15,15 @@ import numpy as np
 from .base import load_base
 from .bundle import SCHEMA, Bundle, save_bundle
 from .calibration import Calibration, class_centroids, fit_calibration
-from .core import InputError, versions
+from .choice import choose
+from .core import InputError, progress, versions
 from .data import NORMALISATION, align_cells, obs_column
 from .evaluation import evaluate, fit_baselines
 from .forgetting import forgetting
+from .genepath import fit_genepath
 from .lora import TuneConfig, train_lora
 from .predict import Predictor, annotate
-from .splits import split
+from .splits import folds, split
 
 # %% ../nbs/05b_classifier.ipynb #80461e61
 def _usable(labels, min_cells, column="label"):
@@ -46,6 +48,20 @@ def _usable(labels, min_cells, column="label"):
     return rows, notes
 
 # %% ../nbs/05b_classifier.ipynb #6381b9e3
+_FEW_CELLS = 1000
+
+
+def _checks(y, names, donors, share, column, seed):
+    "How the fit is checked: for each trial the rows that train and those held out, and the record of it."
+    if len(y) > _FEW_CELLS:
+        s = _validation(names, donors, share, column, seed)
+        return [(np.flatnonzero(s.side == "train"), np.flatnonzero(s.side == "val"))], s.manifest()
+    parts = folds(y, seed=seed)
+    held = sum(len(h) for _, h in parts)
+    return parts, dict(kind="cell", column="", groups={}, seed=seed, folds=len(parts), cells=dict(train=len(y), val=held, test=0),
+                       notes=[f"few cells: all of them train, and {held:,} were held out in {len(parts)} turns, drawn by cell"])
+
+
 def _validation(labels, donors, share, column, seed):
     "Split off validation cells; every class keeps training cells."
     few = donors is None or len({d for d in donors if d is not None}) < 3
@@ -64,37 +80,58 @@ _NO_TEST = dict(kind="none", column="", groups={}, notes=["the command that tune
 _PACKAGES = ("scimlora", "torch", "peft", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
 
 
-def _manifest(base, tuned, s, classes, y, cells, label, donor, notes, seconds, title, held_out):
+def _manifest(base, tuned, checks, classes, y, cells, label, donor, notes, choice, seconds, title, held_out):
     counts = {c: int((y == i).sum()) for i, c in enumerate(classes)}
-    return dict(schema_version=SCHEMA, title=title, base=dict(name=base.name, sha256=base.sha256), normalisation=NORMALISATION, genes=len(base.genes), label=label, donor=donor, split=held_out or _NO_TEST, validation=s.manifest(),
-                labels={c: None for c in classes}, training=dict(cells=int((s.side == "train").sum()), validation=int((s.side == "val").sum()),
-                per_class=counts, seconds=seconds, input=cells.report), config=asdict(tuned.config), parameters=tuned.counts, notes=notes,
+    return dict(schema_version=SCHEMA, title=title, base=dict(name=base.name, sha256=base.sha256), normalisation=NORMALISATION, genes=len(base.genes), label=label, donor=donor, split=held_out or _NO_TEST, validation=checks,
+                labels={c: None for c in classes}, training=dict(cells=checks["cells"]["train"], validation=checks["cells"]["val"], genes_measured=int(cells.measured.sum()),
+                per_class=counts, seconds=seconds, input=cells.report), config=asdict(tuned.config), choice=choice, parameters=tuned.counts, notes=notes,
                 history=tuned.history, metrics={}, versions=versions(*_PACKAGES), seed=tuned.config.seed,
                 created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
 
 
-def _calibrated(bundle, base, X, y, s, donors, error):
-    "Add class centroids of the training cells, and thresholds from the validation cells."
+def _fit(base, cells, y, classes, config, rows, val=None):
+    "Train both paths on some rows; `val` rows choose the epoch. The fine-tune, and a bundle without calibration and manifest."
+    tuned = train_lora(base, cells.X[rows], y[rows], len(classes), config, None if val is None else (cells.X[val], y[val]))
+    path = fit_genepath(base, cells.X[rows], y[rows], len(classes), cells.measured, seed=config.seed)
+    bare = dict(base=dict(name=base.name, sha256=base.sha256), training={})
+    bundle = Bundle(bare, tuned.adapter_config, tuned.adapter, tuned.head, classes, Calibration(), None, None, path)
+    z = Predictor(bundle, base).embed(cells[rows])
+    bundle.centroids, bundle.base_centroids = class_centroids(y[rows], len(classes), z, base.embed(cells.X[rows]))
+    return tuned, bundle
+
+
+def _held_out(base, bundle, cells, rows):
+    "What a trial says of cells that it was not trained on: logits of both paths, and distances."
     p = Predictor(bundle, base)
-    train, val = s.side == "train", s.side == "val"
-    z = p.embed(X)
-    bundle.centroids, bundle.base_centroids = class_centroids(y[train], len(bundle.classes), z[train], base.embed(X[train]))
-    which = f"{s.column} {', '.join(s.groups.get('val', []))}" if s.kind == "donor" else "drawn by cell from the training donors"
-    bundle.calibration = fit_calibration(p.logits(z[val]), y[val], p.distances(X[val], z[val]), error, source=which,
-                                         donors=None if donors is None else donors[val])
-    return Predictor(bundle, base)
+    z = p.embed(cells[rows])
+    return (*p.paths(cells[rows], z), p.distances(cells.X[rows], z))
 
 # %% ../nbs/05b_classifier.ipynb #a65eda4f
-def _tune(base, cells, y, classes, s, donors, config, error, baselines, label, donor, notes, title, held_out):
-    train, val, start = s.side == "train", s.side == "val", time.perf_counter()
-    tuned = train_lora(base, cells.X[train], y[train], len(classes), config, (cells.X[val], y[val]) if val.any() else None)
+def _trials(base, cells, y, classes, config, parts):
+    "Fit each trial. What they say of held-out rows, those rows, and the last trial's fit."
+    said, stay = [], len(parts) > 1  # the one trial of many cells also chooses the epoch, and is kept
+    for train, held in progress(parts, "checks", unit="fit") if stay else parts:
+        tuned, bundle = _fit(base, cells, y, classes, config, train, None if stay or not len(held) else held)
+        said.append(_held_out(base, bundle, cells, held) if len(held) else [np.zeros((0, n)) for n in (len(classes), len(classes), 2)])
+    rows = np.concatenate([h for _, h in parts])
+    return [np.concatenate(v) for v in zip(*said)], rows, (tuned, bundle)
+
+
+def _tune(base, cells, y, names, classes, donors, config, preset, error, val_share, baselines, label, donor, notes, title, held_out):
+    start = time.perf_counter()
+    parts, checks = _checks(y, names, donors, val_share, donor or "", config.seed)
+    (encoder, genes, distances), rows, (tuned, bundle) = _trials(base, cells, y, classes, config, parts)
+    if len(parts) > 1: tuned, bundle = _fit(base, cells, y, classes, config, np.arange(len(y)))
+    else: bundle.genepath = fit_genepath(base, cells.X, y, len(classes), cells.measured, seed=config.seed)
+    choice = choose(preset, encoder, genes, y[rows])
+    which = f"{checks['column']} {', '.join(checks['groups'].get('val', []))}".strip() if checks["kind"] == "donor" else "drawn by cell from the training donors"
+    bundle.calibration = fit_calibration(encoder, genes, y[rows], distances, choice["encoder_weight"], error, source=which, donors=None if donors is None else donors[rows])
+    if choice["encoder_weight"] == 1: bundle.genepath = None
     seconds = round(time.perf_counter() - start, 2)
-    manifest = _manifest(base, tuned, s, classes, y[train], cells, label, donor, notes, seconds, title or "scimlora bundle", held_out)
-    bundle = Bundle(manifest, tuned.adapter_config, tuned.adapter, tuned.head, classes, Calibration(), None, None)
-    predictor = _calibrated(bundle, base, cells.X, y, s, donors, error)
+    bundle.manifest = _manifest(base, tuned, checks, classes, y, cells, label, donor, notes, choice, seconds, title or "scimlora bundle", held_out)
     if baselines:
         bundle.baselines, bundle.baselines_info = fit_baselines(base, cells.X, y, classes, donors, config.seed)
-    return predictor
+    return Predictor(bundle, base)
 
 # %% ../nbs/05b_classifier.ipynb #1b272309
 class Classifier:
@@ -167,12 +204,12 @@ class Classifier:
             `source`, `cells`, `curve` (rows of `scimlora.forgetting.forgetting`).
         """
         other = align_cells(adata, self.predictor.genes)
-        target = None if cells is None else (cells.X, np.asarray(labels, dtype=object))
+        target = None if cells is None else (cells, np.asarray(labels, dtype=object))
         curve = forgetting(self.predictor, other.X, obs_column(adata.obs, label), target)
         return dict(source=source, cells=len(other), curve=curve.to_dict("records"))
 
 # %% ../nbs/05b_classifier.ipynb #8ccf7e4c
-def tune(adata, label, donor=None, base="mini", config=None, min_cells=1, val_share=0.2, error=0.05, baselines=True,
+def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_cells=1, val_share=0.2, error=0.05, baselines=True,
          units="auto", title="", held_out=None, **settings):
     """Fine-tune adapters and a head on labelled cells. Also `Classifier.tune`.
 
@@ -187,10 +224,12 @@ def tune(adata, label, donor=None, base="mini", config=None, min_cells=1, val_sh
     base : str, Path or Base
         `'mini'` or a SCimilarity directory.
     config : TuneConfig, optional
+    preset : {'auto', 'lora', 'genes'}
+        How the adapted encoder and the gene path share the answer, see `scimlora.choice.choose`.
     min_cells : int
         Leave out types with fewer cells (they are named in the manifest).
     val_share : float
-        Share of the cells that choose the epoch and calibrate.
+        Share of the cells that choose the epoch and calibrate, where there are more than 1,000; fewer are cross-fitted.
     error : float
         Share of wrong labels allowed among assigned cells.
     baselines : bool
@@ -223,8 +262,7 @@ def tune(adata, label, donor=None, base="mini", config=None, min_cells=1, val_sh
     names, donors = labels[rows], None if donors is None else donors[rows]
     classes = sorted(set(names))
     y = np.array([classes.index(n) for n in names])
-    s = _validation(names, donors, val_share, donor or "", config.seed)
-    return Classifier(_tune(base, cells, y, classes, s, donors, config, error, baselines, label, donor, notes + cells.notes, title,
+    return Classifier(_tune(base, cells, y, names, classes, donors, config, preset, error, val_share, baselines, label, donor, notes + cells.notes, title,
                             held_out))
 
 

@@ -102,6 +102,7 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
          donor: Annotated[Optional[str], typer.Option("--donor", help="column of obs with donors; whole ones validate")] = None,
          base: Annotated[str, typer.Option("--base", help="mini, or a SCimilarity directory")] = "mini",
          recipe: Annotated[str, typer.Option("--recipe", help="default, or original (lr 1e-4, dropout 0.05)")] = "default",
+         preset: Annotated[str, typer.Option("--preset", help="who answers: auto (chosen on held-out cells), lora (the adapted encoder alone), genes (the gene path alone)")] = "auto",
          min_cells: Annotated[int, typer.Option("--min-cells", min=1, help="leave out types with fewer cells")] = 1,
          baselines: Annotated[bool, typer.Option(help="fit the baselines that evaluate compares with")] = True,
          title: Annotated[str, typer.Option("--title", help="for the model card")] = "",
@@ -120,15 +121,14 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
     given = dict(r=r, alpha=alpha, dropout=dropout, lr=lr, epochs=epochs, batch=batch, targets=targets, balance=balance)
     given = {k: v for k, v in given.items() if v is not None} | {"seed": seed}
     config = TuneConfig.original(**given) if recipe == "original" else TuneConfig(**given)
-    clf = Classifier.tune(read_cells(train), label, donor, base, config, min_cells, baselines=baselines, units=units, title=title,
+    clf = Classifier.tune(read_cells(train), label, donor, base, config, preset, min_cells, baselines=baselines, units=units, title=title,
                           held_out=_held_out(train))
     m = clf.bundle.manifest
     m["command"] = " ".join(["scimlora", *sys.argv[1:]])
     clf.save(out)
-    _show_notes(m["notes"] + m["validation"]["notes"])
-    last = max(m["history"], key=lambda h: h.get("val_macro_f1", 0))
+    _show_notes([*m["notes"], *m["validation"]["notes"], m["choice"]["why"]])
     print(f"{out}: {len(clf.classes_)} types, {m['training']['cells']:,} training cells, {m['parameters']['fraction']:.2%} of the parameters trained"
-          + (f", validation macro-F1 {last['val_macro_f1']:.3f}" if "val_macro_f1" in last else ""))
+          + (f", macro-F1 on held-out cells {m['choice']['macro_f1']:.3f}" if m["choice"]["macro_f1"] is not None else ""))
 
 # %% ../nbs/08_cli.ipynb #9ea4dd61
 def _examined(bundle, test, label, base, units):

@@ -286,13 +286,15 @@ class Cells:
     report: dict = field(default_factory=dict)  # numbers, see `align_cells`
     notes: list = field(default_factory=list)  # the same in words
     panel: np.ndarray | None = None  # (n_cells,) bool: cells of which a handful of genes are known; None: none is
+    measured: object = None  # which genes were looked for: (n_genes,) bool, or (n_cells, n_genes) CSR; None: all
 
     def __len__(self): return self.X.shape[0]
 
     def __getitem__(self, rows):
         "Return the chosen cells (a mask, indices or a slice)."
-        return Cells(self.X[rows], self.obs[rows] if isinstance(rows, slice) else self.obs.iloc[np.arange(len(self))[rows]],
-                     self.genes, self.report, self.notes, None if self.panel is None else self.panel[rows])
+        obs = self.obs if self.obs is None else self.obs.iloc[np.arange(len(self))[rows]]
+        return Cells(self.X[rows], obs, self.genes, self.report, self.notes, None if self.panel is None else self.panel[rows],
+                     self.measured[rows] if sp.issparse(self.measured) else self.measured)
 
 # %% ../nbs/01_data.ipynb #3086de0e
 def _notes(r):
@@ -330,7 +332,7 @@ class Alignment:
         self.file, self.genes, self.units = as_cells(source), list(genes), units
         self.values = find_values(self.file, units)
         self.match, self.names_from = gene_match(self.values.var, self.genes)
-        self._empty = 0
+        self.measured, self._empty = self.match.matrix.getnnz(0) > 0, 0
 
     def linear(self, rows):
         "Return linear values of some rows (a slice) in the model's gene order: a CSR matrix of shape (n, m)."
@@ -341,7 +343,7 @@ class Alignment:
 
     def cells(self, rows):
         "Return some rows (a slice) as `Cells`, without a report."
-        return Cells(log1p_cp10k(self.linear(rows)), self.file.obs.iloc[rows], self.genes)
+        return Cells(log1p_cp10k(self.linear(rows)), self.file.obs.iloc[rows], self.genes, measured=self.measured)
 
     def chunks(self, desc=""):
         "Go through the file: yield slices of rows, with a progress bar if `desc` says what is being done."
@@ -393,7 +395,7 @@ def align_cells(source, genes, units="auto"):
     """
     a = Alignment(source, genes, units)
     X = sp.vstack([a.cells(rows).X for rows in a.chunks()], format="csr")
-    return Cells(X, a.file.obs.copy(), a.genes, a.report, a.notes)
+    return Cells(X, a.file.obs.copy(), a.genes, a.report, a.notes, measured=a.measured)
 
 # %% ../nbs/01_data.ipynb #7223950b
 def obs_column(obs, name, what="label"):

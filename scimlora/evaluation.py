@@ -10,7 +10,6 @@ __all__ = ['BASELINES', 'COLOURS', 'score', 'tuned_logreg', 'recalibrate_batchno
 # %% ../nbs/04_evaluation.ipynb #17b0aad4
 import copy
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,12 @@ from matplotlib.figure import Figure
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import nn
 
 from .base import fold, run_layers
-from .calibration import MISSES, brier, ece, fit_temperature
+from .calibration import MISSES, brier, ece
 from .core import InputError, atomic_path, progress, write_json
-from .genepath import GenePath, fit_genepath
+from .splits import folds
 
 # %% ../nbs/04_evaluation.ipynb #390ee176
 def _per_class(y, predicted):
@@ -77,13 +75,6 @@ def _codes(y, classes):
     return np.array([place[v] for v in y])
 
 # %% ../nbs/04_evaluation.ipynb #5fb754c9
-def _folds(y, groups, n=3, seed=0):
-    smallest = np.bincount(y).min()
-    if groups is not None and len(set(groups)) >= n: return list(StratifiedGroupKFold(n).split(y, y, groups))
-    if smallest < 2: return []
-    return list(StratifiedKFold(int(min(n, smallest)), shuffle=True, random_state=seed).split(y, y))
-
-
 def _logreg(C):
     return LogisticRegression(C=C, max_iter=300, tol=1e-3)
 
@@ -109,8 +100,7 @@ def tuned_logreg(X, y, groups=None, grid=(0.01, 0.1, 1.0, 10.0), seed=0):
     C : float
     """
     scores = np.zeros(len(grid))
-    for train, test in _folds(y, groups, seed=seed):
-        if len(set(y[train])) < 2: continue
+    for train, test in folds(y, groups, seed=seed):
         for i, C in enumerate(grid):
             scores[i] += f1_score(y[test], _logreg(C).fit(X[train], y[train]).predict(X[test]), average="macro")
     C = grid[int(np.argmax(scores))] if scores.any() else 1.0
@@ -144,7 +134,7 @@ def recalibrate_batchnorm(encoder, X, batch=4096):
     return enc.eval()
 
 # %% ../nbs/04_evaluation.ipynb #da115436
-BASELINES = ("majority", "base_knn", "base_linear", "base_linear_bn_recalibrated", "logreg_genes", "gene_path")
+BASELINES = ("majority", "base_knn", "base_linear", "base_linear_bn_recalibrated", "logreg_genes")
 _KNN_CELLS = 5000
 
 
@@ -162,7 +152,7 @@ def _knn_proba(z, ref, y, k, n_classes, batch=2048):
 
 def _best_k(z, y, groups, n_classes, grid=(5, 15, 50)):
     scores = np.zeros(len(grid))
-    for train, test in _folds(y, groups):
+    for train, test in folds(y, groups):
         for i, k in enumerate(grid):
             guess = _knn_proba(z[test], z[train], y[train], k, n_classes).argmax(1)
             scores[i] += f1_score(y[test], guess, average="macro")
@@ -195,7 +185,7 @@ def fit_baselines(base, X, y, classes, groups=None, seed=0):
     z = base.embed(X)
     steps = {"base_knn": lambda: _fit_knn(z, y, groups, n, seed), "base_linear": lambda: _fit_linear(_scaled(z), y, groups, seed),
              "base_linear_bn_recalibrated": lambda: _fit_bn(base, X, y, groups, seed),
-             "logreg_genes": lambda: _fit_linear(X, y, groups, seed, (0.01, 0.1, 1.0)), "gene_path": lambda: _fit_gene_path(base, X, y, n, seed)}
+             "logreg_genes": lambda: _fit_linear(X, y, groups, seed, (0.01, 0.1, 1.0))}
     for name in (bar := progress(steps, "baselines", unit="fit")):
         bar.set_postfix_str(name)
         start = time.perf_counter()
@@ -217,12 +207,6 @@ def _fit_knn(z, y, groups, n, seed):
     return dict(z=z, y=y[rows].astype(np.int32)), dict(k=k, reference_cells=len(rows))
 
 
-def _fit_gene_path(base, X, y, n, seed):
-    out, folds = np.zeros((len(y), n)), _folds(y, None, seed=seed)
-    for train, test in folds: out[test] = fit_genepath(base, X[train], y[train], n, seed=seed).logits(X[test])
-    return vars(fit_genepath(base, X, y, n, seed=seed)), dict(temperature=fit_temperature(out, y) if folds else 1.0)
-
-
 def _fit_bn(base, X, y, groups, seed):
     enc = recalibrate_batchnorm(base.encoder, X)
     found, settings = _fit_linear(_scaled(run_layers(fold(enc), X)), y, groups, seed)
@@ -235,7 +219,6 @@ def _parts(name, tensors):
     "Names of the tensors that a stored baseline needs."
     if name == "majority": return ["majority.share"]
     if name == "base_knn": return ["base_knn.z", "base_knn.y", "majority.share"]
-    if name == "gene_path": return [f"gene_path.{f.name}" for f in fields(GenePath)]
     parts = [f"{name}.weight", f"{name}.bias"]
     return parts + (["base_linear_bn_recalibrated.bn0.mean", "base_linear_bn_recalibrated.bn0.var"] if name.endswith("recalibrated") else [])
 
@@ -257,13 +240,12 @@ def baseline_proba(name, tensors, info, base, X):
     numpy.ndarray, shape (n_cells, n_classes)
     """
     lacking = [k for k in _parts(name, tensors) if k not in tensors]
-    if lacking or any(name == n and key not in info.get(n, {}) for n, key in (("base_knn", "k"), ("gene_path", "temperature"))):
+    if lacking or (name == "base_knn" and "k" not in info.get(name, {})):
         raise InputError(f"baselines.safetensors: lacks {(lacking or [f'the settings of {name}'])[0]}; copy the bundle again, or tune it again")
     get = lambda key: np.asarray(tensors[f"{name}.{key}"])
     if name == "majority": return np.tile(get("share"), (X.shape[0], 1))
     if name == "base_knn":
         return _knn_proba(base.embed(X), get("z").astype(np.float32), get("y"), info[name]["k"], len(tensors["majority.share"]))
-    if name == "gene_path": return softmax(GenePath(*(get(f.name) for f in fields(GenePath))).logits(X) / info[name]["temperature"], axis=1)
     if name == "logreg_genes": features = X
     elif name == "base_linear": features = _scaled(base.embed(X))
     else: features = _scaled(run_layers(fold(_with_statistics(base.encoder, get)), X))
@@ -357,6 +339,14 @@ def _against_baselines(y, p, predictor, X):
     return dict(baselines=scores, best_baseline=dict(name=best, **paired_difference(y, p.label, called)))
 
 
+def _paths(predictor, cells, p, y):
+    "Scores of the adapted encoder and of the gene path, each by itself."
+    encoder, genes = predictor.paths(cells, p.embedding)
+    if genes is None: return {}
+    c = predictor.bundle.calibration
+    return {n: score(y, softmax(v / t, axis=1), predictor.classes) for n, v, t in (("lora", encoder, c.encoder_temperature), ("gene_path", genes, c.gene_temperature))}
+
+
 def _set_scores(y, p, b):
     "How often conformal prediction sets hold the true label, and how many labels they hold."
     truth, out = _codes(y, b.classes), {}
@@ -380,8 +370,8 @@ def evaluate(predictor, cells, labels):
     Returns
     -------
     metrics : dict
-        As metrics.json: `score` of the bundle, the same under `baselines`, `best_baseline` (name, and the difference to
-        it with its interval), `unseen_labels`, `unlabelled_cells`,
+        As metrics.json: `score` of the bundle, the same under `paths` (its adapted encoder and its gene path, each by itself) and
+        `baselines`, `best_baseline` (name, and the difference to it with its interval), `unseen_labels`, `unlabelled_cells`,
         `unassigned`, `prediction_sets` (wanted coverage → the real one, labels a set, lowest of a class), `retention`, `trainable_parameters`, `trainable_fraction`, `seconds`.
     table : pandas.DataFrame
         One row a scored cell: true label, prediction, confidence, unassigned, reason.
@@ -390,9 +380,10 @@ def evaluate(predictor, cells, labels):
     labels = np.asarray(labels, dtype=object)
     known = np.isin(labels.astype(str), b.classes) & np.array([x is not None for x in labels], bool)
     unseen = pd.Series([x for x, k in zip(labels, known) if x is not None and not k], dtype=object).value_counts()
-    X, y = cells.X[known], labels[known]
-    p = predictor.predict(X)
+    cells, y = cells[known], labels[known]
+    X, p = cells.X, predictor.predict(cells)
     m = score(y, p.proba, b.classes)
+    m["paths"] = _paths(predictor, cells, p, y)
     m["assigned_accuracy"] = (p.label == y)[~p.unassigned].mean() if (~p.unassigned).any() else None
     m["unassigned"], m["prediction_sets"] = p.unassigned.mean(), _set_scores(y, p, b)
     m["unseen_labels"], m["unlabelled_cells"] = unseen.to_dict(), int(sum(x is None for x in labels))
@@ -401,13 +392,13 @@ def evaluate(predictor, cells, labels):
     counts = b.manifest["parameters"]
     m["trainable_parameters"], m["trainable_fraction"] = counts["trainable"], counts["fraction"]
     m["seconds"] = dict(tune=b.manifest["training"].get("seconds"), evaluate=time.perf_counter() - start)
-    table = p.table(cells.obs.index[known] if cells.obs is not None else np.flatnonzero(known))
+    table = p.table(cells.obs.index if cells.obs is not None else np.flatnonzero(known))
     table.insert(1, "label", y)
     return m, table
 
 # %% ../nbs/04_evaluation.ipynb #751c46c4
 def comparison(metrics):
-    """Return the baselines and, last, the bundle as a table.
+    """Return the baselines, the bundle's paths and, last, the bundle as a table; a bundle without a gene path is called lora.
 
     Parameters
     ----------
@@ -420,7 +411,8 @@ def comparison(metrics):
         One row a method: accuracy, top3_accuracy, macro_f1, balanced_accuracy, ece.
     """
     keys = ["accuracy", "top3_accuracy", "macro_f1", "balanced_accuracy", "ece"]
-    rows = {**metrics["baselines"], "lora": metrics}
+    paths = metrics.get("paths", {})
+    rows = {**metrics["baselines"], **paths, "scimlora" if paths else "lora": metrics}
     return pd.DataFrame({n: {k: m[k] for k in keys} for n, m in rows.items()}).T.astype(float)
 
 # %% ../nbs/04_evaluation.ipynb #067b6b77

@@ -87,7 +87,7 @@ def forgetting(predictor, X, labels, target=None, alphas=ALPHAS, n=2000, seed=0)
     X : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
         Cells of other tissues, log1p CP10K in the base's gene order.
     labels : sequence of str or None, length n_cells
-    target : tuple of (X, labels), optional
+    target : tuple of (Cells, labels), optional
         Test cells of what was taught, to see what each strength is worth there.
     alphas : sequence of float
         Strengths of the adapter: 0 is the base, 1 the bundle.
@@ -115,7 +115,7 @@ def forgetting(predictor, X, labels, target=None, alphas=ALPHAS, n=2000, seed=0)
         z = run_layers(layers, X)
         row = dict(alpha=a, **probe(z, y, ref, query), cosine=float((z * zb).sum(1).mean()), neighbour_overlap=_overlap(zb, z))
         if target is not None:
-            proba = b.calibration.proba(predictor.logits(run_layers(layers, target[0])))
+            proba = b.calibration.proba(*predictor.paths(target[0], run_layers(layers, target[0].X)))
             row["target_macro_f1"] = float(score(target[1], proba, b.classes)["macro_f1"])
         out.append(row)
     return pd.DataFrame(out)

@@ -138,6 +138,7 @@ def _opened(bundle):
     return load_bundle(bundle) if path is None else untuned(load_base(bundle))
 
 # %% ../nbs/03c_predict.ipynb #4d4e4819
+FEW_GENES = 200  # fewer genes are a panel and no whole cell
 # Of presets with ten genes each, on two bundles, those of taught types lay below 0.7 from a class, the others above 0.79.
 _PANEL_DISTANCE = 0.75
 
@@ -175,9 +176,24 @@ class Predictor:
         if sp.issparse(cells): return Cells(sp.csr_matrix(cells, dtype=np.float32), None, self.genes)
         return align_cells(cells, self.genes, units)
 
-    def logits(self, z):
-        "Return uncalibrated logits, shape (n_cells, n_classes), of embeddings."
-        return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b
+    def paths(self, cells, z):
+        """Return uncalibrated logits of both paths.
+
+        Parameters
+        ----------
+        cells : Cells
+        z : numpy.ndarray, shape (n_cells, latent)
+            Their adapted embeddings.
+
+        Returns
+        -------
+        encoder : numpy.ndarray, shape (n_cells, n_classes)
+            Of the adapted encoder and its head.
+        genes : numpy.ndarray, shape (n_cells, n_classes), or None
+            Of the gene path, if the bundle has one.
+        """
+        path = self.bundle.genepath
+        return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b, None if path is None else path.logits(cells.X, cells.measured)
 
     def predict(self, cells, units="auto"):
         """Predict labels, probabilities and whether to believe them.
@@ -195,7 +211,7 @@ class Predictor:
         """
         cells = self._aligned(cells, units)
         z = run_layers(self.layers, cells.X)
-        proba = self.bundle.calibration.proba(self.logits(z))
+        proba = self.bundle.calibration.proba(*self.paths(cells, z))
         return Predictions(self.classes, proba, z, self._reasons(cells, z, proba))
 
     def distances(self, X, z):
@@ -221,10 +237,16 @@ class Predictor:
             d = self.distances(cells.X, z)
             strange = cal.unlike(d) > cal.max_unlike
             # A handful of genes lies far from whole cells whatever it is, but not at a right angle to what it is of.
-            if cells.panel is not None: strange = np.where(cells.panel, d[:, 0] > _PANEL_DISTANCE, strange)
+            strange = np.where(self._few(cells), d[:, 0] > _PANEL_DISTANCE, strange)
             reason[strange] = "unlike every class it was taught"
         reason[np.diff(cells.X.indptr) == 0] = "no counts in the model's genes"
         return reason
+
+    def _few(self, cells):
+        "Which cells have far fewer genes than those that were taught: (n_cells,) bool, or one for all."
+        if cells.panel is not None: return cells.panel
+        taught = self.bundle.manifest["training"].get("genes_measured", len(self.genes))
+        return cells.measured is not None and cells.measured.sum() < min(FEW_GENES, taught / 2)
 
 # %% ../nbs/03c_predict.ipynb #d491323a
 def provenance(predictor, report, notes):
@@ -373,7 +395,12 @@ def _linear(cell, i, units):
     return (np.expm1(v) if units == "log1p_cp10k" else v), units
 
 
-FEW_GENES = 200  # fewer genes are a panel and no whole cell
+def _rows(places, values, n):
+    "A CSR matrix from the columns and values of each row; ones where there are no values."
+    indices = np.concatenate(places)
+    X = sp.csr_matrix((np.ones(len(indices)) if values is None else np.concatenate(values), indices, np.cumsum([0, *map(len, places)])), (len(places), n))
+    X.sum_duplicates()
+    return X
 
 
 def genes_to_cells(cells, genes, units="auto"):
@@ -405,10 +432,11 @@ def genes_to_cells(cells, genes, units="auto"):
     if not used.all():
         i = int(np.argmin(used))
         raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(_short(g) for g in list(cells[i])[:3])}); give human gene symbols or Ensembl ids")
-    indptr, keep = np.cumsum([0, *used]), [t >= 0 for t in to]
-    X = sp.csr_matrix((np.concatenate([v[k] for (v, _), k in zip(linear, keep)]), np.concatenate([t[k] for t, k in zip(to, keep)]), indptr),
-                      (len(cells), len(genes)))
-    X.sum_duplicates()
+    panel, keep = used < FEW_GENES, [t >= 0 for t in to]
+    X = _rows([t[k] for t, k in zip(to, keep)], [v[k] for (v, _), k in zip(linear, keep)], len(genes))
+    # Of a panel, and of a cell that comes with its zeros, the genes given are those that were looked for.
+    listed = panel | [any(v == 0 for v in c.values()) for c in cells]
+    given = _rows([t[k] if all_of_them else t[:0] for t, k, all_of_them in zip(to, keep, listed)], None, len(genes))
     X.eliminate_zeros()
     obs = pd.DataFrame(dict(units=[u for _, u in linear], genes_used=used, genes_unknown=[len(c) for c in cells] - used))
-    return Cells(log1p_cp10k(X), obs, list(genes), panel=used < FEW_GENES)
+    return Cells(log1p_cp10k(X), obs, list(genes), panel=panel, measured=given)

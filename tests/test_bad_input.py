@@ -338,6 +338,14 @@ DAMAGE = {
     "head without centroids": (tensors("head.safetensors", lambda t: {k: v for k, v in t.items() if k != "centroids"}), ["head.safetensors", "centroids"]),
     "head of another width": (tensors("head.safetensors", lambda t: t | {"weight": t["weight"][:, :-1]}), ["head.safetensors"]),
     "head of NaN": (tensors("head.safetensors", nan_weights), ["head.safetensors", "NaN|finite"]),
+    **{f"genepath.safetensors {how}": (lambda b, data=data: (b / "genepath.safetensors").write_bytes(data), ["genepath.safetensors"])
+       for how, data in (("empty", b""), ("garbage", PNG * 20))},
+    "gene path without weight": (tensors("genepath.safetensors", lambda t: {k: v for k, v in t.items() if k != "weight"}), ["genepath.safetensors", "weight"]),
+    "gene path of other classes": (tensors("genepath.safetensors", lambda t: t | {"bias": t["bias"][:-1]}), ["genepath.safetensors", "fit"]),
+    "gene path of other genes": (tensors("genepath.safetensors", lambda t: {k: v if k == "bias" else v[1:] for k, v in t.items()}), ["genepath.safetensors", "genes"]),
+    "gene path of NaN": (tensors("genepath.safetensors", nan_weights), ["genepath.safetensors", "NaN|finite"]),
+    "a share of the encoder above 1": (edit("calibration.json", encoder_weight=2), ["calibration.json", "encoder_weight"]),
+    "schema of old": (edit("manifest.json", schema_version=1), ["schema version 1", "tune it again"]),
     "calibration with a strange key": (edit("calibration.json", colour="red"), ["calibration.json", "colour"]),
     "temperature 0": (edit("calibration.json", temperature=0), ["calibration.json", "temperature"]),
     "temperature that is text": (edit("calibration.json", temperature="hot"), ["calibration.json", "temperature"]),
@@ -701,7 +709,7 @@ def test_some_labels_missing(cli, baron_cells, tmp_path):
     ended = cli("tune", tmp_path / "cells.h5ad", "--label", "cell_type", "--out", tmp_path / "b", "--epochs", 1, "--no-baselines")
     assert ended.code == 0 and "note: 30 cells without a label were left out" in ended.err
     counts = read_json(tmp_path / "b" / "manifest.json")["training"]
-    assert counts["cells"] + counts["validation"] == 120
+    assert counts["cells"] == 120
     assert (tmp_path / "b" / "label_classes.txt").read_text().split() == ["acinar", "alpha", "beta", "delta", "ductal", "gamma"]
 
 

@@ -26,8 +26,8 @@ from scimlora.genes import place_genes
 
 CSV = ["cell_id", "cell_type", "confidence", "unassigned", "top3", "reason"]
 SCORES = {"n_cells", "n_classes", "accuracy", "top3_accuracy", "macro_f1", "balanced_accuracy", "ece", "per_class"}
-BASELINES = {"majority", "base_knn", "base_linear", "base_linear_bn_recalibrated", "logreg_genes", "gene_path"}
-BUNDLE = {"manifest.json", "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "label_classes.txt", "calibration.json", "README.md"}
+BASELINES = {"majority", "base_knn", "base_linear", "base_linear_bn_recalibrated", "logreg_genes"}
+BUNDLE = {"manifest.json", "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "label_classes.txt", "calibration.json", "genepath.safetensors", "README.md"}
 
 
 def scimlora(*args):
@@ -122,7 +122,7 @@ def test_tune_without_baselines(cells_file, tmp_path):
 def test_the_manifest_says_where_a_bundle_comes_from(run):
     d, _ = run
     m, mini = read_json(d / "bundle" / "manifest.json"), Base.load("mini")
-    assert m["schema_version"] == 1 and m["seed"] == 5 and m["label"] == "cell_type" and m["donor"] == "library"
+    assert m["schema_version"] == 2 and m["seed"] == 5 and m["label"] == "cell_type" and m["donor"] == "library"
     assert m["base"] == {"name": "mini", "sha256": {f: sha256(mini.path / f) for f in ("encoder.ckpt", "gene_order.tsv")}}
     assert "log1p" in m["normalisation"] and "10,000" in m["normalisation"]
     assert m["split"] == read_json(d / "prepare.json")["split"], "the donors held out, by name, as prepare recorded them"
@@ -214,10 +214,10 @@ def test_evaluate_writes_tables_and_plots(run):
     d, said = run
     for name in ("comparison", "confusion", "reliability", "confused_pairs"): assert (d / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     table = pd.read_csv(d / "comparison.csv", index_col=0)
-    assert set(table.index) == BASELINES | {"lora"}
-    assert table.loc["lora", "accuracy"] == pytest.approx(read_json(d / "metrics.json")["accuracy"])
+    assert set(table.index) == BASELINES | {"lora", "gene_path", "scimlora"}
+    assert table.loc["scimlora", "accuracy"] == pytest.approx(read_json(d / "metrics.json")["accuracy"])
     assert pd.read_csv(d / "confusion.csv", index_col=0).to_numpy().sum() == read_json(d / "metrics.json")["n_cells"]
-    for name in BASELINES | {"lora"}: assert name in said["evaluate"], name
+    for name in BASELINES | {"lora", "gene_path", "scimlora"}: assert name in said["evaluate"], name
 
 
 def test_errors_are_those_of_the_cells(run):

@@ -19,7 +19,8 @@ from page.genes import parse_genes, preset_text, presets
 UNITS = {"auto": "whatever the numbers look like", "counts": "counts", "cpm": "scaled to one total, not logged (CPM, TPM)",
          "log1p_cp10k": "log-normalised (log1p CP10K)"}
 METHODS = {"majority": "always the commonest type", "base_knn": "base model, nearest cells", "base_linear": "base model, linear head",
-           "base_linear_bn_recalibrated": "base model, recalibrated", "logreg_genes": "logistic regression on genes", "gene_path": "genes, weighted by the base"}
+           "base_linear_bn_recalibrated": "base model, recalibrated", "logreg_genes": "logistic regression on genes", "lora": "adapted encoder alone",
+           "gene_path": "genes alone, weighted by the base"}
 NO_MODEL = ("No model is loaded. Make one with `scimlora demo` (a few minutes) and start this page again in the same folder. "
             "Or set `SCIMLORA_BUNDLE` to a folder that `scimlora tune` wrote, or `API_URL` to where `scimlora serve` runs.")
 
@@ -215,7 +216,7 @@ def show_metrics(metrics, where):
         st.metric("Calibration error", f"{metrics['ece']:.1%}", width=155, help="How far confidence and accuracy are apart.")
     if others := metrics.get("baselines"):
         st.subheader("Beside simpler methods")
-        scores = {METHODS.get(k, k): m["macro_f1"] for k, m in others.items()}
+        scores = {METHODS.get(k, k): m["macro_f1"] for k, m in (metrics.get("paths", {}) | others).items()}
         st.altair_chart(comparison_chart({"this model": metrics["macro_f1"]} | scores))
 
 
