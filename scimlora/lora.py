@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import tempfile
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -358,7 +359,9 @@ def _plain_lora(model, start, encoder, folder):
 
     start.peft_config["default"].init_lora_weights = True
     start.save_pretrained(folder / "start")
-    model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(folder / "start"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # it advises what is being done here
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(folder / "start"))
     return PeftModel.from_pretrained(copy.deepcopy(encoder), folder).eval()
 
 
