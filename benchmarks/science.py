@@ -35,7 +35,7 @@ from scimlora.evaluation import COLOURS, paired_difference, recalibrate_batchnor
 from scimlora.examples import baron, shared
 from scimlora.genepath import fit_genepath
 from scimlora.genes import match_genes
-from scimlora.lora import TuneConfig, adapter_deltas, train_lora
+from scimlora.lora import TuneConfig, adapted_layers, train_lora
 from scimlora.pretrain import pretrain
 
 HERE = Path(__file__).parent
@@ -163,11 +163,9 @@ def frozen_knn(t, rows, groups, seed):
 
 
 def lora(t, rows, groups, seed):
-    "The defaults of `tune`; 400 steps at least."
-    y = t["y"][rows]
-    config = TuneConfig(seed=seed, keep_best=False, epochs=max(20, int(np.ceil(400 / np.ceil(len(rows) / 64)))))
-    m = train_lora(t["base"], t["X"][rows], y, len(t["classes"]), config)
-    z = run_layers(fold(t["base"].encoder, adapter_deltas(m.adapter_config, m.adapter)), t["Xt"]) * t["base"].latent ** 0.5
+    "The defaults of `tune`."
+    m = train_lora(t["base"], t["X"][rows], t["y"][rows], len(t["classes"]), TuneConfig(seed=seed, keep_best=False))
+    z = run_layers(adapted_layers(t["base"].encoder, m.adapter_config, m.adapter), t["Xt"]) * t["base"].latent ** 0.5
     return softmax(z @ m.head.linear.weight.detach().numpy().T + m.head.linear.bias.detach().numpy(), axis=1)
 
 

@@ -19,11 +19,11 @@ from scipy.special import logsumexp, softmax
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
-from scimlora.base import fold, load_base, run_layers
+from scimlora.base import load_base, run_layers
 from scimlora.calibration import centroid_distance, class_centroids, fit_temperature, spread_of
 from scimlora.data import align_cells, log1p_cp10k, obs_column
 from scimlora.examples import baron, shared
-from scimlora.lora import TuneConfig, adapter_deltas, train_lora
+from scimlora.lora import TuneConfig, adapted_layers, train_lora
 from scimlora.pretrain import pretrain
 
 FOLDS, MIN_CELLS = 4, 15
@@ -81,7 +81,7 @@ def one_fold(base, X, labels, test, left, seed):
     val = rng.random(len(rows)) < 0.2
     val &= np.bincount(y[~val], minlength=len(known))[y] > 0
     tuned = train_lora(base, X[rows[~val]], y[~val], len(known), TuneConfig(seed=seed, keep_best=False))
-    layers, W, b = fold(base.encoder, adapter_deltas(tuned.adapter_config, tuned.adapter)), *(v.detach().numpy() for v in (tuned.head.linear.weight, tuned.head.linear.bias))
+    layers, W, b = adapted_layers(base.encoder, tuned.adapter_config, tuned.adapter), *(v.detach().numpy() for v in (tuned.head.linear.weight, tuned.head.linear.bias))
     embed = lambda M: (run_layers(layers, M), base.embed(M))
     logits = lambda z: z[0] * z[0].shape[1] ** 0.5 @ W.T + b
     ref, held = embed(X[rows[~val]]), embed(X[rows[val]])

@@ -20,7 +20,7 @@ from .calibration import Calibration
 from .core import InputError, atomic_dir, check_output, read_json, write_json
 from .data import NORMALISATION
 from .genepath import GenePath
-from .lora import Head, adapter_deltas
+from .lora import Head, check_adapter
 
 # %% ../nbs/03b_bundle.ipynb #3c7b9b04
 SCHEMA = 2  # 2 brought the class centroids of the base and the gene path
@@ -50,6 +50,10 @@ class Bundle:
         return self.manifest["base"]["name"]
 
 # %% ../nbs/03b_bundle.ipynb #c2f4c95f
+_WHAT = dict(lora="LoRA adapters and a head", bn="BatchNorm layers and a head", full="All weights and a head", linear="A head",
+             prototype="Class centroids")
+
+
 def _card_numbers(metrics):
     rows = [(k, metrics[k]) for k in ("n_cells", "accuracy", "macro_f1", "balanced_accuracy", "ece") if metrics.get(k) is not None]
     for name, m in metrics.get("baselines", {}).items(): rows.append((f"macro_f1 of {name}", m["macro_f1"]))
@@ -74,7 +78,7 @@ def model_card(bundle):
     return "\n".join([
         "---", "library_name: peft", "pipeline_tag: tabular-classification", "tags: [single-cell, scimilarity, lora, cell-type-annotation]",
         f"base_model: {m['base']['name']}", "---", "", f"# {m.get('title', 'scimlora bundle')}", "",
-        f"LoRA adapters and a head for {len(bundle.classes)} cell types on the frozen base `{m['base']['name']}`, made with "
+        f"{_WHAT[m.get('config', {}).get('method', 'lora')]} for {len(bundle.classes)} cell types on the frozen base `{m['base']['name']}`, made with "
         f"[scimlora](https://github.com/scimlora/scimlora) {m['versions'].get('scimlora', '')}.", "",
         f"- Trained on {m['training']['cells']:,} cells" + (f"; test cells split off by {s['kind']}" if s.get("kind") in ("donor", "cell") else "")
         + (f" (`{s['column']}`), held out: {json.dumps(held, ensure_ascii=False)}" if held else "") + ".",
@@ -253,7 +257,7 @@ def load_bundle(bundle):
     manifest, classes = _manifest(path), _labels(path)
     head, *centroids = _head(path, classes)
     config, adapter = read_json(path / "adapter_config.json"), _tensors(path / "adapter_model.safetensors")[0]
-    adapter_deltas(config, adapter)  # checks that they fit each other
+    check_adapter(config, adapter)
     stored = path / "baselines.safetensors"
     tensors, info = _tensors(stored) if stored.exists() else ({}, {})
     return Bundle(manifest, config, adapter, head, classes, Calibration.from_dict(read_json(path / "calibration.json")), *centroids,

@@ -13,10 +13,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 
-from .base import fold, run_layers
+from .base import run_layers
 from .core import InputError, atomic_path
 from .evaluation import COLOURS, save_figure, score
-from .lora import adapter_deltas
+from .lora import adapted_layers
 
 # %% ../nbs/04a_forgetting.ipynb #338aabf6
 def halves(y, seed=0):
@@ -109,9 +109,9 @@ def forgetting(predictor, X, labels, target=None, alphas=ALPHAS, n=2000, seed=0)
     rows = np.flatnonzero([x is not None for x in labels])
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:n])
     X, y = X[rows], np.asarray(labels, dtype=object)[rows].astype(str)
-    (ref, query), zb, deltas, out = halves(y, seed), base.embed(X), adapter_deltas(b.adapter_config, b.adapter), []
+    (ref, query), zb, out = halves(y, seed), base.embed(X), []
     for a in alphas:
-        layers = fold(base.encoder, {k: d * a for k, d in deltas.items()} if a else None)
+        layers = adapted_layers(base.encoder, b.adapter_config, b.adapter, a)
         z = run_layers(layers, X)
         row = dict(alpha=a, **probe(z, y, ref, query), cosine=float((z * zb).sum(1).mean()), neighbour_overlap=_overlap(zb, z))
         if target is not None:

@@ -18,14 +18,14 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from .base import BASES, fold, load_base, load_head, run_layers
+from .base import BASES, load_base, load_head, run_layers
 from .bundle import Bundle, base_of, load_bundle
 from .calibration import Calibration, centroid_distance
 from .core import InputError, atomic_path, versions
 from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genes import place_genes
-from .lora import Head, adapter_deltas
+from .lora import Head, adapted_layers
 from .rows import h5_for_writing
 
 # %% ../nbs/03c_predict.ipynb #4bb9d685
@@ -163,7 +163,7 @@ class Predictor:
         self.bundle = bundle if isinstance(bundle, Bundle) else _opened(bundle)
         self.base = base_of(self.bundle, base)
         self.genes, self.classes = self.base.genes, self.bundle.classes
-        self.layers = fold(self.base.encoder, adapter_deltas(self.bundle.adapter_config, self.bundle.adapter) if self.bundle.adapter else None)
+        self.layers = adapted_layers(self.base.encoder, self.bundle.adapter_config, self.bundle.adapter)
         lin = self.bundle.head.linear
         self._W, self._b = lin.weight.detach().double().numpy().T, lin.bias.detach().double().numpy()
 
