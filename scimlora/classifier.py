@@ -89,9 +89,9 @@ def _manifest(base, tuned, checks, classes, y, cells, label, donor, notes, choic
                 created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
 
 
-def _fit(base, cells, y, classes, config, rows, val=None):
+def _fit(base, cells, y, donors, classes, config, rows, val=None):
     "Train both paths on some rows; `val` rows choose the epoch. The fine-tune, and a bundle without calibration and manifest."
-    tuned = train_lora(base, cells.X[rows], y[rows], len(classes), config, None if val is None else (cells.X[val], y[val]))
+    tuned = train_lora(base, cells.X[rows], y[rows], len(classes), config, None if val is None else (cells.X[val], y[val]), None if donors is None else donors[rows])
     path = fit_genepath(base, cells.X[rows], y[rows], len(classes), cells.measured, seed=config.seed)
     bare = dict(base=dict(name=base.name, sha256=base.sha256), training={})
     bundle = Bundle(bare, tuned.adapter_config, tuned.adapter, tuned.head, classes, Calibration(), None, None, path)
@@ -107,11 +107,11 @@ def _held_out(base, bundle, cells, rows):
     return (*p.paths(cells[rows], z), p.distances(cells.X[rows], z))
 
 # %% ../nbs/05b_classifier.ipynb #a65eda4f
-def _trials(base, cells, y, classes, config, parts):
+def _trials(base, cells, y, donors, classes, config, parts):
     "Fit each trial. What they say of held-out rows, those rows, and the last trial's fit."
     said, stay = [], len(parts) > 1  # the one trial of many cells also chooses the epoch, and is kept
     for train, held in progress(parts, "checks", unit="fit") if stay else parts:
-        tuned, bundle = _fit(base, cells, y, classes, config, train, None if stay or not len(held) else held)
+        tuned, bundle = _fit(base, cells, y, donors, classes, config, train, None if stay or not len(held) else held)
         said.append(_held_out(base, bundle, cells, held) if len(held) else [np.zeros((0, n)) for n in (len(classes), len(classes), 2)])
     rows = np.concatenate([h for _, h in parts])
     return [np.concatenate(v) for v in zip(*said)], rows, (tuned, bundle)
@@ -120,8 +120,8 @@ def _trials(base, cells, y, classes, config, parts):
 def _tune(base, cells, y, names, classes, donors, config, preset, error, val_share, baselines, label, donor, notes, title, held_out):
     start = time.perf_counter()
     parts, checks = _checks(y, names, donors, val_share, donor or "", config.seed)
-    (encoder, genes, distances), rows, (tuned, bundle) = _trials(base, cells, y, classes, config, parts)
-    if len(parts) > 1: tuned, bundle = _fit(base, cells, y, classes, config, np.arange(len(y)))
+    (encoder, genes, distances), rows, (tuned, bundle) = _trials(base, cells, y, donors, classes, config, parts)
+    if len(parts) > 1: tuned, bundle = _fit(base, cells, y, donors, classes, config, np.arange(len(y)))
     else: bundle.genepath = fit_genepath(base, cells.X, y, len(classes), cells.measured, seed=config.seed)
     choice = choose(preset, encoder, genes, y[rows])
     which = f"{checks['column']} {', '.join(checks['groups'].get('val', []))}".strip() if checks["kind"] == "donor" else "drawn by cell from the training donors"

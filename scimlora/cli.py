@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -95,6 +96,19 @@ _HELP = dict(r="rank of the adapters", alpha="strength of the adapters", dropout
 def _option(name):
     return typer.Option(f"--{name}", help=_HELP[name])
 
+
+def _settings(pairs):
+    "NAME=VALUE texts as fields of TuneConfig, each of its own kind."
+    from scimlora.lora import TuneConfig
+
+    kinds, out = {f.name: str(getattr(f.type, "__name__", f.type)) for f in fields(TuneConfig)}, {}
+    for pair in pairs:
+        name, given, text = pair.partition("=")
+        if not given or name not in kinds: raise InputError(f"--set {pair}: give NAME=VALUE, with one of the names {', '.join(kinds)}")
+        try: out[name] = {"bool": {"true": True, "false": False}.__getitem__, "int": int, "str": str}.get(kinds[name], float)(text)
+        except (KeyError, ValueError): raise InputError(f"--set {pair}: {text!r} is no {dict(bool='true or false', int='whole number').get(kinds[name], 'number')}") from None
+    return out
+
 # %% ../nbs/08_cli.ipynb #72a87491
 @app.command()
 def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells")], label: LabelOpt,
@@ -102,14 +116,15 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
          donor: Annotated[Optional[str], typer.Option("--donor", help="column of obs with donors; whole ones validate")] = None,
          base: Annotated[str, typer.Option("--base", help="mini, or a SCimilarity directory")] = "mini",
          recipe: Annotated[str, typer.Option("--recipe", help="default, or original (lr 1e-4, dropout 0.05)")] = "default",
-         preset: Annotated[str, typer.Option("--preset", help="who answers: auto (chosen on held-out cells), lora (the adapted encoder alone), genes (the gene path alone)")] = "auto",
+         preset: Annotated[Optional[str], typer.Option("--preset", help="who answers: auto (chosen on held-out cells; the default), lora (the adapted encoder alone; the default of --recipe original), genes (the gene path alone)")] = None,
          min_cells: Annotated[int, typer.Option("--min-cells", min=1, help="leave out types with fewer cells")] = 1,
          baselines: Annotated[bool, typer.Option(help="fit the baselines that evaluate compares with")] = True,
          title: Annotated[str, typer.Option("--title", help="for the model card")] = "",
          r: Annotated[Optional[int], _option("r")] = None, alpha: Annotated[Optional[float], _option("alpha")] = None,
          dropout: Annotated[Optional[float], _option("dropout")] = None, lr: Annotated[Optional[float], _option("lr")] = None,
          epochs: Annotated[Optional[int], _option("epochs")] = None, batch: Annotated[Optional[int], _option("batch")] = None,
-         targets: Annotated[Optional[str], _option("targets")] = None, balance: Annotated[Optional[float], _option("balance")] = None, units: UnitsOpt = "auto", seed: SeedOpt = 0):
+         targets: Annotated[Optional[str], _option("targets")] = None, balance: Annotated[Optional[float], _option("balance")] = None,
+         other: Annotated[Optional[list[str]], typer.Option("--set", help="any other setting of TuneConfig, such as method=full, loss=logit-adjusted or mask_genes=0.5; may be given several times", metavar="NAME=VALUE")] = None, units: UnitsOpt = "auto", seed: SeedOpt = 0):
     "Fine-tune adapters and a head on labelled cells."
     from scimlora.bundle import check_target
     from scimlora.classifier import Classifier
@@ -119,8 +134,9 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
     if recipe not in ("default", "original"): raise InputError(f"--recipe {recipe}: choose default or original")
     check_target(out)
     given = dict(r=r, alpha=alpha, dropout=dropout, lr=lr, epochs=epochs, batch=batch, targets=targets, balance=balance)
-    given = {k: v for k, v in given.items() if v is not None} | {"seed": seed}
+    given = {k: v for k, v in given.items() if v is not None} | {"seed": seed} | _settings(other or [])
     config = TuneConfig.original(**given) if recipe == "original" else TuneConfig(**given)
+    preset = preset or ("lora" if recipe == "original" else "auto")
     clf = Classifier.tune(read_cells(train), label, donor, base, config, preset, min_cells, baselines=baselines, units=units, title=title,
                           held_out=_held_out(train))
     m = clf.bundle.manifest
