@@ -59,10 +59,10 @@ TASKS = {"Kang, donor 1016": (donors(["101", "107", "1039"], ["1016"]), ("kang",
          "Zheng, half": (halves("pbmc_facs_zheng2017"), ("zheng",)), "Baron, library 2": (libraries, ("baron",)), "Zanini, half": (halves("blood_zanini2018_cpm"), ("zanini",)),
          "Aizarani, half": (halves("liver_aizarani2019_cpm"), ("aizarani",)), "Kang → Zanini": (laboratories, ("kang", "zanini")),
          "Zanini → Kang": (lambda: laboratories()[::-1], ("kang", "zanini"))}
-BEFORE = dict(r=8, alpha=16, lr=1e-3, schedule="constant", epochs=20, steps=0, head_init="centroids", distill=0.0)
+BEFORE = dict(r=8, alpha=16, lr=1e-3, epochs=20, steps=0, head_init="centroids")
 SETTINGS = {"default": {}, "as before: from centroids, r 8, lr 1e-3, 20 epochs": BEFORE, "from centroids": dict(head_init="centroids"), "from random": dict(head_init="random"),
-            "distill 0": dict(distill=0.0), "distill 0.3": dict(distill=0.3), "distill 1": dict(distill=1.0), "mask 0.3": dict(mask_genes=0.3), "mask 0.7": dict(mask_genes=0.7),
-            "lr 1e-3": dict(lr=1e-3), "lr 4e-3": dict(lr=4e-3), "steps 0": dict(steps=0), "steps 400, epochs 20": dict(steps=400, epochs=20), "constant lr": dict(schedule="constant"),
+            "distill 0.1": dict(distill=0.1), "distill 0.3": dict(distill=0.3), "distill 1": dict(distill=1.0), "mask 0.3": dict(mask_genes=0.3), "mask 0.7": dict(mask_genes=0.7),
+            "lr 1e-3": dict(lr=1e-3), "lr 4e-3": dict(lr=4e-3), "steps 0": dict(steps=0), "steps 200": dict(steps=200), "steps 400, epochs 20": dict(steps=400, epochs=20), "falling lr": dict(schedule="cosine"),
             "r 8, alpha 16": dict(r=8, alpha=16), "rsLoRA": dict(variant="rslora"), "DoRA": dict(variant="dora"), "PiSSA": dict(variant="pissa"), "LoRA+ 8": dict(lora_plus=8.0),
             "first layer frozen": dict(targets="no-first"), "cosine head": dict(head="cosine"), "balanced": dict(loss="balanced"), "logit-adjusted": dict(loss="logit-adjusted"),
             "supcon 0.1": dict(supcon=0.1), "triplet 1": dict(triplet=1.0), "reconstruction 1": dict(reconstruction=1.0), "BatchNorm": dict(method="bn"), "full": dict(method="full"),

@@ -87,7 +87,8 @@ def _calibrated(bundle, base, X, y, s, donors, error):
 # %% ../nbs/05b_classifier.ipynb #a65eda4f
 def _tune(base, cells, y, classes, s, donors, config, error, baselines, label, donor, notes, title, held_out):
     train, val, start = s.side == "train", s.side == "val", time.perf_counter()
-    tuned = train_lora(base, cells.X[train], y[train], len(classes), config, (cells.X[val], y[val]) if val.any() else None)
+    tuned = train_lora(base, cells.X[train], y[train], len(classes), config, (cells.X[val], y[val]) if val.any() else None,
+                       None if donors is None else donors[train])
     seconds = round(time.perf_counter() - start, 2)
     manifest = _manifest(base, tuned, s, classes, y[train], cells, label, donor, notes, seconds, title or "scimlora bundle", held_out)
     bundle = Bundle(manifest, tuned.adapter_config, tuned.adapter, tuned.head, classes, Calibration(), None, None)
