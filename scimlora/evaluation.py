@@ -135,7 +135,7 @@ def _best_k(z, y, groups, n_classes, grid=(5, 15, 50)):
     return grid[int(np.argmax(scores))]
 
 # %% ../nbs/04_evaluation.ipynb #84cf07a7
-def fit_baselines(base, X, y, classes, groups=None, seed=0):
+def fit_baselines(base, X, y, classes, groups=None, seed=0, names=BASELINES):
     """Fit all baselines on the training cells.
 
     Parameters
@@ -148,6 +148,8 @@ def fit_baselines(base, X, y, classes, groups=None, seed=0):
     groups : sequence, optional
         Donors, for the inner cross-validation.
     seed : int
+    names : sequence of str
+        Which of them; the majority class is always among them.
 
     Returns
     -------
@@ -162,7 +164,7 @@ def fit_baselines(base, X, y, classes, groups=None, seed=0):
     steps = {"base_knn": lambda: _fit_knn(z, y, groups, n, seed), "base_linear": lambda: _fit_linear(_scaled(z), y, groups, seed),
              "base_linear_bn_recalibrated": lambda: _fit_bn(base, X, y, groups, seed),
              "logreg_genes": lambda: _fit_linear(X, y, groups, seed, (0.01, 0.1, 1.0))}
-    for name in (bar := progress(steps, "baselines", unit="fit")):
+    for name in (bar := progress([n for n in steps if n in names], "baselines", unit="fit")):
         bar.set_postfix_str(name)
         start = time.perf_counter()
         found, settings = steps[name]()

@@ -48,11 +48,11 @@ class TuneConfig:
     dropout: float = _setting(0.0, "dropout on the adapters' input, 0 to 1")
     lr: float | None = _setting(None, "learning rate of AdamW; by default 2e-3, and 1e-4 for full, where more ruins the base")
     lora_plus: float = _setting(1.0, "learning rate of the adapters' B over that of A (LoRA+); 1 is off")
-    schedule: str = _setting("cosine", "learning rate over the steps: cosine (down to 0 after a short rise) or constant")
+    schedule: str = _setting("constant", "learning rate over the steps: constant, or cosine (down to 0 after a short rise)")
     weight_decay: float = _setting(0.01, "weight decay of AdamW")
     batch: int = _setting(64, "cells a step")
     epochs: int = _setting(10, "passes over the training cells")
-    steps: int = _setting(200, "steps at least in all, so that few cells are passed over more often; 0 is off")
+    steps: int = _setting(100, "steps at least in all, so that few cells are passed over more often; 0 is off")
     patience: int = _setting(0, "stop after so many epochs without a better score on the validation cells; 0 is off")
     balance: float = _setting(0.0, "0 draws cells as they come, 1 draws every class equally often")
     mask_genes: float = _setting(0.0, "share of the genes hidden from each cell in training, 0 to 0.9")
@@ -68,7 +68,7 @@ class TuneConfig:
     seed: int = _setting(0, "seed of everything random")
 
     def __post_init__(self):
-        for name, allowed in (("method", METHODS), ("variant", VARIANTS), ("schedule", ("cosine", "constant")), ("head", ("linear", "cosine")),
+        for name, allowed in (("method", METHODS), ("variant", VARIANTS), ("schedule", ("constant", "cosine")), ("head", ("linear", "cosine")),
                               ("head_init", ("logreg", "centroids", "random")), ("loss", LOSSES)):
             if getattr(self, name) not in allowed: raise InputError(f"{name}={getattr(self, name)}: choose {', '.join(allowed)}")
         for name, ok, want in self._ranges():
@@ -94,7 +94,7 @@ class TuneConfig:
     @classmethod
     def original(cls, **kw):
         "Return the owner's recipe: r 8, alpha 16, dropout 0.05, lr 1e-4, batch 64, 20 epochs, AdamW."
-        recipe = dict(r=8, alpha=16, dropout=0.05, lr=1e-4, epochs=20, steps=0, schedule="constant", head_init="random", keep_best=False)
+        recipe = dict(r=8, alpha=16, dropout=0.05, lr=1e-4, epochs=20, steps=0, head_init="random", keep_best=False)
         return cls(**{**recipe, **kw})
 
 # %% ../nbs/03_lora.ipynb #47af61af
