@@ -1,0 +1,138 @@
+"""The benchmark suite on a tiny task: runs are kept and taken up again, and what is reported is what was predicted."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import f1_score
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TASK, QUICK = "Baron, library 3", ("nearest centroid, genes", "frozen base + prototypes")
+
+
+@pytest.fixture(scope="module")
+def suite():
+    "The modules of benchmarks/, which are no package."
+    sys.path.insert(0, str(BENCHMARKS))
+    import panels
+    import science
+    from suite import code, methods, peers_worker, report, store, tasks
+
+    yield dict(science=science, panels=panels, code=code, methods=methods, report=report, store=store, tasks=tasks, worker=peers_worker)
+    sys.path.remove(str(BENCHMARKS))
+
+
+def run(suite, folder, *more):
+    return suite["science"].main(["--tasks", TASK, "--shots", "5", "--seeds", "2", "--methods", *QUICK, "--cache", str(folder / "cache"), "--out", str(folder), *more])
+
+
+@pytest.fixture(scope="module")
+def done(suite, tmp_path_factory):
+    "A folder with a finished run of two methods, two draws."
+    folder = tmp_path_factory.mktemp("science")
+    assert run(suite, folder) == 0
+    return folder
+
+
+def files(folder): return sorted((folder / "cache" / "rows").rglob("*.npz"))
+
+
+def test_every_run_is_kept_with_its_predictions(done):
+    assert len(files(done)) == 4
+    for path in files(done):
+        with np.load(path, allow_pickle=False) as f:
+            meta = json.loads(str(f["meta"]))
+            assert f["proba"].shape == (len(f["y"]), f["proba"].shape[1]) and (f["proba"].argmax(1) == f["said"]).mean() > 0.99
+            assert meta["task"] == TASK and meta["seconds"] > 0 and "numpy" in meta["machine"]
+
+
+def test_the_table_is_what_the_stored_predictions_say(done):
+    t = pd.read_csv(done / "SCIENCE.csv").set_index(["method", "seed"])
+    assert len(t) == 4 and set(t.index.get_level_values("method")) == set(QUICK)
+    for path in files(done):
+        with np.load(path, allow_pickle=False) as f: meta, y, said = json.loads(str(f["meta"])), f["y"], f["said"]
+        row = t.loc[(meta["method"], meta["seed"])]
+        assert row.macro_f1 == pytest.approx(f1_score(y, said, average="macro"), abs=1e-4) and row.accuracy == pytest.approx((y == said).mean(), abs=1e-4)
+    ours, peer = t.loc[QUICK[1]], t.loc[QUICK[0]]
+    assert np.allclose(ours.difference, ours.macro_f1 - peer.macro_f1, atol=1e-4) and (ours.low <= ours.difference).all() and (ours.difference <= ours.high).all()
+
+
+def test_a_run_that_is_kept_is_not_made_again(suite, done, monkeypatch):
+    before = {p: p.read_bytes() for p in files(done)}
+
+    def never(*a): raise AssertionError("a kept run was made again")
+
+    monkeypatch.setattr(suite["store"].Store, "add", never)
+    assert run(suite, done) == 0
+    assert {p: p.read_bytes() for p in files(done)} == before
+
+
+def test_a_run_that_stopped_goes_on_where_it_was(suite, done):
+    gone, *stay = files(done)
+    stamps, truth = {p: p.read_bytes() for p in stay}, np.load(gone)["proba"]
+    gone.unlink()
+    assert run(suite, done) == 0
+    assert all(p.read_bytes() == b for p, b in stamps.items())
+    assert np.allclose(np.load(gone)["proba"], truth, atol=1e-6), "the same draw and seed give the same predictions"
+
+
+def test_other_code_has_another_key_and_comments_have_not(suite, tmp_path):
+    def digest(text, **kw):
+        path = tmp_path / f"{abs(hash(text))}.py"
+        path.write_text(text)
+        return suite["code"].code_of(str(path), **kw)
+
+    plain = digest("def f(x):\n    return x + 1\n", names=("f",))
+    assert plain == digest('def f(x):\n    "Adds."\n    return x + 1  # one\n\n\ndef g(): pass\n', names=("f",))
+    assert plain != digest("def f(x):\n    return x + 2\n", names=("f",))
+
+
+def test_every_method_names_code_that_exists(suite):
+    codes = {m.name: m.code() for m in suite["methods"].METHODS.values()}
+    assert len(set(codes.values())) == len(codes)
+
+
+def test_a_failure_is_told_and_costs_only_itself(suite, tmp_path, monkeypatch, capsys):
+    def broken(d): raise ValueError("no such luck")
+
+    methods = suite["methods"].METHODS
+    monkeypatch.setitem(methods, QUICK[0], suite["methods"].Method(QUICK[0], "peer", broken, packages=()))
+    monkeypatch.setattr(suite["methods"].Method, "code", lambda self: self.name)
+    assert run(suite, tmp_path) == 1
+    assert "no such luck" in capsys.readouterr().err
+    t = pd.read_csv(tmp_path / "SCIENCE.csv")
+    assert set(t.method) == {QUICK[1]} and t.difference.isna().all()
+    assert f"{QUICK[0]}, {TASK}: not computed" in (tmp_path / "SCIENCE.md").read_text()
+
+
+def test_what_is_not_counts_is_left_out_and_said(suite):
+    m = suite["methods"].METHODS["scANVI"]
+    assert m.left_out(("counts", "counts")) == "" and "test" in m.left_out(("counts", "cpm"))
+
+
+def test_an_unknown_task_is_refused(suite, tmp_path):
+    with pytest.raises(SystemExit, match="no task 'Baren'"): suite["science"].main(["--tasks", "Baren", "--cache", str(tmp_path)])
+
+
+def test_the_page_says_what_the_table_says(done):
+    t, text = pd.read_csv(done / "SCIENCE.csv"), (done / "SCIENCE.md").read_text()
+    for method, g in t.groupby("method"):
+        assert f"| 5 | {method} | {g.macro_f1.mean() * 100:.1f} ± {g.macro_f1.std() * 100:.1f} |" in text
+    assert (done / "SCIENCE.png").stat().st_size > 10_000
+
+
+# Neighbours and folds ---------------------------------------------------------------------------------------------------
+
+def test_neighbours_never_exceed_the_smallest_inner_fold(suite):
+    m = suite["methods"]
+    y = np.repeat(np.arange(4), 5)
+    ks = m.neighbours(y, None)
+    assert ks[0] == 1 and max(ks) <= min(len(a) for a, _ in m.folds(y, None))
+
+
+def test_every_class_stays_in_every_training_fold(suite):
+    y, groups = np.repeat(np.arange(3), 6), np.tile(list("abcdef"), 3)
+    for a, b in suite["methods"].folds(y, groups):
+        assert set(y[a]) == {0, 1, 2} and not set(groups[a]) & set(groups[b])
