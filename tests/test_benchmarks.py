@@ -136,3 +136,53 @@ def test_every_class_stays_in_every_training_fold(suite):
     y, groups = np.repeat(np.arange(3), 6), np.tile(list("abcdef"), 3)
     for a, b in suite["methods"].folds(y, groups):
         assert set(y[a]) == {0, 1, 2} and not set(groups[a]) & set(groups[b])
+
+
+# Panels -----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def task(suite):
+    "The tiny task itself, on `mini`."
+    return suite["tasks"].load_task(TASK, suite["tasks"].Bases(Path("nowhere")))
+
+
+def test_missing_genes_are_zero_and_the_rest_is_scaled_anew(task):
+    kept = task.genes[::50]
+    few, whole = (s.on(task.genes) for s in (task.test.only(kept), task.test))
+    inside = np.isin(task.genes, kept)
+    assert few[:, ~inside].nnz == 0 and few[:, inside].nnz == whole[:, inside].nnz
+    total = np.asarray(few.expm1().sum(1)).ravel()
+    assert np.allclose(total[total > 0], 1e4, rtol=1e-4)
+
+
+def test_markers_in_turn_give_every_type_its_best_first(suite):
+    ranked = {"a": ["A1", "A2", "S"], "b": ["B1", "S", "B2"]}
+    assert suite["panels"].in_turn(ranked, 4) == ["A1", "B1", "A2", "S"]
+
+
+def test_the_study_without_markers_lacks_them_and_most_of_the_rest(suite):
+    genes = [*suite["panels"].MISSING, *(f"G{i}" for i in range(100))]
+    left = suite["panels"].without_markers(genes, np.random.default_rng(0))
+    assert len(left) == 40 and not set(left) & set(suite["panels"].MISSING)
+
+
+def test_retrained_sees_the_genes_of_the_panel_only(suite, task):
+    panel = suite["panels"].Panel("random", 50, 0, tuple(np.random.default_rng(0).permutation(task.genes)[:50]))
+    small = suite["panels"].reduced(task, panel)
+    assert set(small.genes) == set(panel.genes) and small.train.adata.n_vars == small.test.adata.n_vars == 50
+    assert small.content != task.content
+
+
+def test_panels_are_kept_and_reported(suite, tmp_path, monkeypatch, capsys):
+    P = suite["panels"]
+    monkeypatch.setattr(P, "SIZES", (100, 10))
+    monkeypatch.setattr(P, "PUBLIC", {TASK: None})
+    monkeypatch.setattr(P, "BLOOD", (TASK,))
+    args = ["--tasks", TASK, "--methods", "frozen base + linear", "--cache", str(tmp_path), "--out", str(tmp_path)]
+    assert P.main(args) == 0
+    t = pd.read_csv(tmp_path / "PANELS.csv")
+    assert t.groupby("panel").size().to_dict() == {"all": 1, "markers": 2, "markers missing": 3, "random": 6, "variance": 2}
+    assert t[t.panel == "all"].macro_f1.item() > t[t.asked == 10].macro_f1.max()
+    capsys.readouterr()
+    assert P.main(args) == 0 and not capsys.readouterr().out, "all is kept: nothing is fitted again"
+    assert pd.read_csv(tmp_path / "PANELS.csv").equals(t)

@@ -64,11 +64,11 @@ def standard_error(t): return (t.high - t.low) / (2 * 1.96)
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def _markdown(head, lines):
-    return ["| " + " | ".join(head) + " |", "| " + " | ".join("---" if h in ("cells a class", "method", "task") else "---:" for h in head) + " |", *("| " + " | ".join(c) + " |" for c in lines)]
+def markdown(head, lines):
+    return ["| " + " | ".join(head) + " |", "| " + " | ".join("---" if h in ("cells a class", "method", "task", "genes kept") else "---:" for h in head) + " |", *("| " + " | ".join(c) + " |" for c in lines)]
 
 
-def _spread(x, scale=100, digits=1):
+def spread(x, scale=100, digits=1):
     return "–" if not len(x) else f"{x.mean() * scale:.{digits}f}" + (f" ± {x.std() * scale:.{digits}f}" if len(x) > 1 else "")
 
 
@@ -86,15 +86,15 @@ def f1_lines(t, tasks):
     for shots, method, g in _each(t):
         cells = [g[g.task == k].macro_f1 for k in tasks]
         mean = f"{np.mean([c.mean() for c in cells]) * 100:.1f}" if all(map(len, cells)) else "–"
-        lines.append([str(shots), method, *map(_spread, cells), mean])
-    return _markdown(["cells a class", "method", *tasks, "mean"], lines)
+        lines.append([str(shots), method, *map(spread, cells), mean])
+    return markdown(["cells a class", "method", *tasks, "mean"], lines)
 
 
 def metric_lines(t):
     "All metrics, means over tasks and draws."
     lines = [[str(shots), method, str(g.task.nunique()), *(f"{g.groupby('task')[k].mean().mean() * 100:.1f}" for k in ("accuracy", "macro_f1", "balanced_accuracy", "top3_accuracy")),
               f"{g.groupby('task').ece.mean().mean():.3f}", f"{g.seconds.mean():.1f}", f"{g.trainable_share.mean() * 100:.2f} %"] for shots, method, g in _each(t)]
-    return _markdown(["cells a class", "method", "tasks", "accuracy", "macro-F1", "balanced accuracy", "top 3", "ECE", "seconds", "trained"], lines)
+    return markdown(["cells a class", "method", "tasks", "accuracy", "macro-F1", "balanced accuracy", "top 3", "ECE", "seconds", "trained"], lines)
 
 
 def difference_lines(t, tasks):
@@ -104,7 +104,7 @@ def difference_lines(t, tasks):
         d = g.groupby("task")[["difference", "low", "high"]].mean() * 100
         cells = [f"{d.difference[k]:+.1f} ({d.low[k]:+.1f} to {d.high[k]:+.1f})" if k in d.index else "–" for k in tasks]
         lines.append([str(shots), method, *cells, f"{d.difference.mean():+.1f}", f"{d.difference.min():+.1f}"])
-    return _markdown(["cells a class", "method", *tasks, "mean", "worst"], lines)
+    return markdown(["cells a class", "method", *tasks, "mean", "worst"], lines)
 
 
 # Targets --------------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def page(t, rows, tasks, command):
             part = t[t.task.isin(group)]
             lines += ["", f"## {head}", "", note, "", *f1_lines(part, group), "", "Difference in macro-F1 to the best peer of each draw, in points, mean over draws, with the mean 95 % bootstrap interval over test cells:", "", *difference_lines(part, group)]
     lines += ["", "## All metrics", "", "Means over the tasks that a method was run on (their number is given), × 100 but for ECE, seconds and the share of trained parameters.", "", *metric_lines(t)]
-    lines += ["", "## Tasks", "", *_markdown(["task", "training cells", "test cells", "classes", "genes", "values, train and test", "training donors for inner folds"],
+    lines += ["", "## Tasks", "", *markdown(["task", "training cells", "test cells", "classes", "genes", "values, train and test", "training donors for inner folds"],
               [[k, f"{v['train']:,}", f"{v['test']:,}", str(len(v["classes"])), f"{v['genes']:,}", " and ".join(v["kinds"]), str(v["donors"] or "fewer than 3")] for k, v in tasks.items() if k in set(t.task)])]
     gone = missing_lines(t, tasks) + older_lines(rows)
     if gone: lines += ["", "## Left out", "", *gone]

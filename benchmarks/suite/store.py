@@ -82,33 +82,37 @@ class Store:
     The key changes with the method's code, its packages' versions, the task's cells and, for methods on a base, the base.
     """
 
-    def __init__(self, folder, fresh=False):
-        self.folder = Path(folder)
-        if fresh: shutil.rmtree(self.folder / "rows", ignore_errors=True)
+    def __init__(self, folder, fresh=False, part="rows"):
+        self.folder, self.part = Path(folder), part
+        if fresh: shutil.rmtree(self.folder / part, ignore_errors=True)
 
-    def _path(self, method, draw):
+    def _path(self, method, draw, what=""):
         base = "".join(draw.task.base.sha256.values()) if method.kind == "ours" else ""
-        key = sha256(f"{method.code()}{draw.task.content}{base}".encode()).hexdigest()[:12]
-        return self.folder / "rows" / slug(draw.task.name) / f"{draw.shots}-{draw.seed}" / f"{slug(method.name)}-{key}.npz"
+        key = sha256(f"{method.code()}{draw.task.content}{base}{what}".encode()).hexdigest()[:12]
+        return self.folder / self.part / slug(draw.task.name) / f"{draw.shots}-{draw.seed}" / f"{slug(method.name)}-{key}.npz"
 
-    def has(self, method, draw):
-        "Whether the fit is kept; marks it as the one in use."
-        path = self._path(method, draw)
+    def has(self, method, draw, what=""):
+        "Whether the fit is kept; marks it as the one in use. `what` tells several predictions of one fit apart."
+        path = self._path(method, draw, what)
         if path.exists(): path.touch()
         return path.exists()
 
+    def keep(self, method, draw, proba, said, share, seconds, what="", **more):
+        "Keep predictions for the task's test cells."
+        meta = dict(task=draw.task.name, shots=draw.shots, seed=draw.seed, method=method.name, cells=len(draw.rows), share=float(share), seconds=float(seconds), what=what, **more,
+                    code=sha256(method.code().encode()).hexdigest()[:12], base=draw.task.base.sha256 if method.kind == "ours" else {}, machine=machine(), pins=PINS if method.worker else {})
+        with atomic_path(self._path(method, draw, what)) as tmp:
+            np.savez_compressed(tmp, proba=proba.astype(np.float32), said=said.astype(np.int16), y=draw.task.yt.astype(np.int16), meta=json.dumps(meta))
+
     def add(self, method, draw, peers):
-        "Fit, predict and keep."
-        if method.worker: proba, said, seconds = peers.fit(method, draw); share = 1.0
+        "Fit, predict and keep; seconds are processor time, which other work on the machine does not lengthen."
+        if method.worker: proba, said, seconds, share = *peers.fit(method, draw), 1.0
         else:
             start = time.process_time()
             predict, share = method.fit(draw)
             proba = np.asarray(predict(draw.task.test))
             seconds, said = time.process_time() - start, proba.argmax(1)
-        meta = dict(task=draw.task.name, shots=draw.shots, seed=draw.seed, method=method.name, cells=len(draw.rows), share=float(share), seconds=float(seconds),
-                    code=sha256(method.code().encode()).hexdigest()[:12], base=draw.task.base.sha256 if method.kind == "ours" else {}, machine=machine(), pins=PINS if method.worker else {})
-        with atomic_path(self._path(method, draw)) as tmp:
-            np.savez_compressed(tmp, proba=proba.astype(np.float32), said=said.astype(np.int16), y=draw.task.yt.astype(np.int16), meta=json.dumps(meta))
+        self.keep(method, draw, proba, said, share, seconds)
 
     def note_task(self, task):
         "Keep what a report says of a task."
@@ -123,9 +127,9 @@ class Store:
     def rows(self):
         "The kept fits, of each the one that was made or asked for last."
         newest = {}
-        for p in sorted((self.folder / "rows").glob("*/*/*.npz"), key=lambda p: p.stat().st_mtime_ns):
+        for p in sorted((self.folder / self.part).glob("*/*/*.npz"), key=lambda p: p.stat().st_mtime_ns):
             with np.load(p, allow_pickle=False) as f: meta, arrays = json.loads(str(f["meta"])), (f["y"].astype(int), f["proba"].astype(float), f["said"].astype(int))
-            newest[meta["task"], meta["shots"], meta["seed"], meta["method"]] = Row(*(meta[k] for k in ("task", "shots", "seed", "method", "cells", "share", "seconds")), *arrays, meta)
+            newest[meta["task"], meta["shots"], meta["seed"], meta["method"], meta.get("what", "")] = Row(*(meta[k] for k in ("task", "shots", "seed", "method", "cells", "share", "seconds")), *arrays, meta)
         return [r for r in newest.values() if r.method in METHODS]
 
 
