@@ -151,12 +151,14 @@ def size_lines(t):
 def losses(t):
     "Points of macro-F1 that each method loses in the study of missing markers, mean over draws: tasks × methods."
     f1 = t.groupby(["panel", "task", "method"], sort=False).macro_f1.mean() * 100
+    if "markers missing" not in f1.index: return pd.DataFrame()
     return (f1["all"] - f1["markers missing"]).dropna().unstack().reindex(columns=[m for m in ORDER if m in set(t.method)], index=[k for k in BLOOD if k in set(t.task)])
 
 
 def missing_lines(t):
     "Losses, and whether scimlora loses less than half of what logistic regression loses."
     loss = losses(t)
+    if not len(loss): return
     yield from markdown(["task", *loss.columns], [[k, *("–" if np.isnan(v) else f"{v:+.1f}" for v in row)] for k, row in zip([*loss.index, "mean"], [*loss.to_numpy(), loss.mean().to_numpy()])])
     yield ""
     for peer in (ZERO, AGAIN):
@@ -170,7 +172,7 @@ def missing_lines(t):
 def figure(t):
     "Macro-F1 against the number of genes: random above, by variance below."
     tasks, sizes = [k for k in PUBLIC if k in set(t.task)], sorted(SIZES)
-    fig = Figure(figsize=(3 * len(tasks) + 0.6, 6.6), layout="constrained")
+    fig = Figure(figsize=(max(9, 3 * len(tasks) + 0.6), 6.6), layout="constrained")
     axes = fig.subplots(2, len(tasks), sharey="row", sharex=True, squeeze=False)
     for row, kind in zip(axes, ("random", "variance")):
         for ax, k in zip(row, tasks):

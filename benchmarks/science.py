@@ -56,6 +56,9 @@ def main(argv=None):
             if g not in known: sys.exit(f"no {what} '{g}'; choose from: {'; '.join(known)}")
     store, peers, failed = Store(args.cache, args.fresh), Peers(args.peers_python), []
     methods = [METHODS[m] for m in args.methods if args.only in (None, METHODS[m].kind) or METHODS[m].kind == "floor"]
+    if not args.report and not peers.there():
+        failed += [f"{m.name}: there is no environment for peers at {args.peers_python}; make benchmark-science builds it" for m in methods if m.worker]
+        methods = [m for m in methods if not m.worker]
     bases = Bases(args.cache / "bases", args.bases)
     for name in [] if args.report else args.tasks:
         task = load_task(name, bases)
@@ -64,7 +67,7 @@ def main(argv=None):
         failed += fill(store, draws, methods, peers)
     peers.close()
     write(store, args.out)
-    for d, m, why in failed: print(f"failed: {d.task.name}, {d.shots or 'full'}, draw {d.seed}, {m.name}: {why}", file=sys.stderr)
+    for f in failed: print(f"failed: {f}", file=sys.stderr)
     return 1 if failed else 0
 
 

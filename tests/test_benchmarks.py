@@ -89,6 +89,10 @@ def test_other_code_has_another_key_and_comments_have_not(suite, tmp_path):
     assert plain != digest("def f(x):\n    return x + 2\n", names=("f",))
 
 
+def test_the_product_hangs_on_every_module_that_it_imports(suite):
+    assert {"lora", "genepath", "predict", "data", "genes", "base", "core"} <= set(suite["code"].with_imports("classifier"))
+
+
 def test_every_method_names_code_that_exists(suite):
     codes = {m.name: m.code() for m in suite["methods"].METHODS.values()}
     assert len(set(codes.values())) == len(codes)

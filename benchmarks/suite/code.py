@@ -28,3 +28,14 @@ def code_of(*modules, names=None):
         parts = _dump(str(path), path.stat().st_mtime_ns)
         for k in (parts if names is None else names): h.update((parts[k] if names else f"{parts[k]}").encode())
     return h.hexdigest()
+
+
+def with_imports(*modules):
+    "Names of scimlora's modules and of all those that they import, one after the other."
+    found, ahead = [], list(modules)
+    while ahead:
+        if (m := ahead.pop()) in found: continue
+        found.append(m)
+        tree = ast.parse(Path(importlib.util.find_spec(f"scimlora.{m}").origin).read_text(encoding="utf-8"))
+        ahead += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module]
+    return tuple(sorted(found))

@@ -23,7 +23,7 @@ from scimlora.classifier import Classifier
 from scimlora.evaluation import recalibrate_batchnorm, tuned_logreg
 from scimlora.genepath import fit_genepath
 from scimlora.lora import TuneConfig, adapter_deltas, train_lora
-from suite.code import code_of
+from suite.code import code_of, with_imports
 from suite.tasks import LABEL
 
 HERE = Path(__file__).parent
@@ -189,7 +189,6 @@ METHODS = {m.name: m for m in (
     Method("gradient boosting", "peer", None, worker="boosting", packages=("xgboost-cpu", "scikit-learn")),
     Method("CellTypist", "peer", None, ("celltypist_model",), worker="celltypist_default", packages=("celltypist", "scikit-learn")),
     Method("CellTypist, features selected", "peer", None, ("celltypist_model",), worker="celltypist_selected", packages=("celltypist", "scikit-learn")),
-    Method("scANVI joint", "peer", None, ("epochs", "scanvi_cells", "quiet_scvi"), worker="scanvi_joint", packages=("scvi-tools", "scanpy", "torch"), counts=True),
     Method("scANVI", "peer", None, ("epochs", "scanvi_cells", "quiet_scvi"), worker="scanvi", packages=("scvi-tools", "scanpy", "torch"), counts=True),
     Method("frozen base + kNN", "ours", frozen_knn, ("neighbours", *_TUNED), _ON_BASE),
     Method("frozen base + prototypes", "ours", prototypes, ("folds", "with_base"), ("base", "calibration")),
@@ -197,4 +196,4 @@ METHODS = {m.name: m for m in (
     Method("BatchNorm recalibrated + linear", "ours", frozen_bn, ("linear_on", "with_base"), ("base", "evaluation")),
     Method("LoRA", "ours", lora, (), ("base", "lora"), ("torch", "peft")),
     Method("gene path", "ours", gene_path, ("folds", "with_base"), ("base", "genepath", "calibration")),
-    Method("scimlora", "ours", product, (), ("base", "bundle", "calibration", "classifier", "data", "genepath", "genes", "lora", "predict", "splits"), ("torch", "peft", "scikit-learn")))}
+    Method("scimlora", "ours", product, (), with_imports("classifier"), ("torch", "peft", "scikit-learn")))}

@@ -32,7 +32,8 @@ class Peers:
     def there(self): return self.python.exists()
 
     def _start(self):
-        self.process = subprocess.Popen([self.python, WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # this environment's packages are not theirs
+        self.process = subprocess.Popen([self.python, WORKER], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def fit(self, method, draw):
         "Return probabilities, labels and seconds of one method on one draw."
@@ -138,11 +139,10 @@ def fill(store, draws, methods, peers, say=print):
     failed = []
     for d in draws:
         for m in methods:
-            if m.left_out((d.task.train.kind, d.task.test.kind)): continue
-            if m.worker and not peers.there(): failed.append((d, m, "there is no environment for peers")); continue
-            if store.has(m, d): continue
+            if m.left_out((d.task.train.kind, d.task.test.kind)) or store.has(m, d): continue
+            line = f"{d.task.name}, {d.shots or 'full'}, draw {d.seed}, {m.name}"
             try: store.add(m, d, peers)
-            # One peer's failure must not cost hours of others' work; it is told at the end, and nothing is kept.
-            except Exception as e: failed.append((d, m, f"{type(e).__name__}: {e}"))
-            say(f"{d.task.name}, {d.shots or 'full'}, seed {d.seed}: {m.name}" + (f" FAILED {failed[-1][2]}" if failed and failed[-1][:2] == (d, m) else ""))
+            # One method's failure must not cost hours of others' work; it is told at once and at the end, and nothing of it is kept.
+            except Exception as e: line = f"{line}: {type(e).__name__}: {e}"; failed.append(line)
+            say(line, flush=True)
     return failed
