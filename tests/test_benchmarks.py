@@ -127,6 +127,19 @@ def test_the_page_says_what_the_table_says(done):
     assert (done / "SCIENCE.png").stat().st_size > 10_000
 
 
+def test_bases_made_elsewhere_win_and_others_are_kept_under_their_code(suite, tmp_path, monkeypatch):
+    T, made = suite["tasks"], []
+    monkeypatch.setattr(T, "load_base", lambda path: path)
+    monkeypatch.setattr(T, "pretrain", lambda path, without, index: made.append(without) or path)
+    (tmp_path / "given" / "kang").mkdir(parents=True)
+    bases = T.Bases(tmp_path / "own", tmp_path / "given")
+    assert bases(("kang",)) == tmp_path / "given" / "kang" and bases(()) == "mini" and not made
+    path = bases(("zheng", "3k"))
+    assert path.parent == tmp_path / "own" and path.name.startswith("zheng-3k-") and made == [("zheng", "3k")]
+    path.mkdir(parents=True)
+    assert T.Bases(tmp_path / "own")(("zheng", "3k")) == path and len(made) == 1
+
+
 # Neighbours and folds ---------------------------------------------------------------------------------------------------
 
 def test_neighbours_never_exceed_the_smallest_inner_fold(suite):

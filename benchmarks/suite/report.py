@@ -165,9 +165,9 @@ def missing_lines(t, tasks):
     for m in METHODS.values():
         for name in draws.task.unique():
             why, of = m.left_out(tasks[name]["kinds"]), draws[draws.task == name]
-            gone = [f"{s} (draw {d})" for s, d in zip(of.shots, of.seed) if (name, str(s), d, m.name) not in done]
+            gone = sum((name, str(s), d, m.name) not in done for s, d in zip(of.shots, of.seed))
             if why: lines.append(f"- {m.name}, {name}: {why}.")
-            elif gone: lines.append(f"- {m.name}, {name}: not computed" + (f" for {', '.join(gone)}." if len(gone) < len(of) else "."))
+            elif gone: lines.append(f"- {m.name}, {name}: not computed" + (f" for {gone} of {len(of)} draws." if gone < len(of) else "."))
     return lines
 
 
@@ -175,7 +175,7 @@ def older_lines(rows):
     "Methods whose stored runs are of other code than is there now."
     now = {m.name: sha256(m.code().encode()).hexdigest()[:12] for m in METHODS.values()}
     old = pd.Series([r.method for r in rows if r.meta["code"] != now[r.method]], dtype=object).value_counts()
-    return [f"- {n} runs of {k} are of older code; run the command again." for k, n in old.items()]
+    return [f"- {k}: {n} stored run(s) of older code; run the command again." for k, n in old.items()]
 
 
 def base_lines(rows):
