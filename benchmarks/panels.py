@@ -188,8 +188,9 @@ def figure(t):
             ax.tick_params(axis="x", rotation=40)
         row[0].set_ylabel(f"macro-F1 × 100, genes {'at random' if kind == 'random' else 'by variance'}")
     fig.supxlabel("genes measured in the test cells")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels())}
+    names = [m for m in ORDER if m in handles]
+    fig.legend([handles[m] for m in names], names, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return fig
 
 
