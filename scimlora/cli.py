@@ -167,18 +167,16 @@ def errors(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad fi
            out: Annotated[Path, typer.Option("--out", help="folder for errors.json, tables and plots")],
            label: Annotated[Optional[str], typer.Option("--label", help="column of obs; by default the one trained on")] = None,
            donor: Annotated[Optional[str], typer.Option("--donor", help="column of obs with donors, to look for their effects")] = None,
+           terms: Annotated[Optional[Path], typer.Option("--terms", help="csv, tsv or json: label, Cell Ontology id; wins over names and synonyms")] = None,
            base: BaseOpt = None, units: UnitsOpt = "auto"):
     "Say which types are confused, which cells are hardest, and why."
-    from scimlora.error_analysis import analyse_errors, save_errors, score_file
+    from scimlora.error_analysis import explain_errors
     from scimlora.files import read_cells
     from scimlora.predict import Predictor
     from scimlora.report import errors_text
 
     check_output(out, folder=True)
-    predictor = Predictor(bundle, base)
-    scored, unseen = score_file(predictor, read_cells(test), label, donor, units)
-    found = analyse_errors(scored, unseen)
-    files = save_errors(found, scored, out)
+    found, files = explain_errors(Predictor(bundle, base), read_cells(test), out, label, donor, units, terms)
     _show_notes(found["notes"])
     print(errors_text(found))
     _say(f"{out}: {', '.join(files)}")

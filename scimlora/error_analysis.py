@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['confused_pairs', 'normalised_confusion', 'cluster_classes', 'plot_clustered', 'class_table', 'donor_table',
            'hardest_cells', 'pair_markers', 'top_markers', 'jaccard', 'differential_genes', 'marker_evidence',
-           'plot_pairs', 'plot_causes', 'analyse_errors', 'score_file', 'save_errors']
+           'plot_pairs', 'plot_causes', 'ontology_errors', 'analyse_errors', 'score_file', 'save_errors',
+           'explain_errors']
 
 # %% ../nbs/05_error_analysis.ipynb #4494c9d3
 from pathlib import Path
@@ -24,6 +25,8 @@ from .causes import cause_table, count_totals, donor_effects, probable_causes, s
 from .core import InputError, atomic_path, write_json
 from .data import align_cells, obs_column
 from .evaluation import COLOURS, confusion, save_figure
+from .ontology import cl_ids, load_ontology, read_term_map
+from .umaps import plot_umaps, umap_table
 
 # %% ../nbs/05_error_analysis.ipynb #eb9b6e20
 def confused_pairs(table, n=10):
@@ -383,8 +386,48 @@ def plot_causes(counted):
     fig.legend(frameon=False, loc="outside upper left", ncols=2)
     return fig
 
+# %% ../nbs/05_error_analysis.ipynb #7865b25c
+def ontology_errors(table, terms):
+    """Measure how far wrong calls lie from the truth in the Cell Ontology.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        `label`, `cell_type`.
+    terms : dict of str to str or None
+        From `scimlora.ontology.cl_ids`.
+
+    Returns
+    -------
+    dict
+        `terms`; `unmapped` (label → cells that it is the label or the call of); `errors` (wrong calls with both terms
+        known); `distance` (their mean, in edges), `expected` (by chance), `by_distance` (edges → cells), `related` (calls
+        that are the same term, an ancestor or a descendant); `pairs` (label, predicted, cells, distance, relation of the
+        prediction to the label).
+    """
+    cl, there = load_ontology(), table.label.map(terms).notna() & table.cell_type.map(terms).notna()
+    unmapped = {k: int(((table.label == k) | (table.cell_type == k)).sum()) for k in sorted(set(table.label) | set(table.cell_type)) if not terms.get(k)}
+    wrong = table[there & (table.label != table.cell_type)]
+    pairs = wrong.groupby(["label", "cell_type"], sort=True).size().rename("cells").reset_index().rename(columns={"cell_type": "predicted"})
+    pairs["distance"] = [cl.distance(terms[a], terms[b]) for a, b in zip(pairs.label, pairs.predicted)]
+    pairs["relation"] = [cl.relation(terms[b], terms[a]) for a, b in zip(pairs.label, pairs.predicted)]
+    n = max(1, int(pairs.cells.sum()))
+    out = dict(terms=terms, unmapped=unmapped, errors=int(pairs.cells.sum()), distance=float((pairs.cells * pairs.distance).sum() / n),
+               expected=_by_chance(cl, wrong.label.value_counts(), table.label.value_counts(), terms) / n,
+               by_distance={str(d): int(k) for d, k in pairs.groupby("distance").cells.sum().items()}, related=int(pairs.cells[pairs.relation != "other"].sum()))
+    return out | dict(pairs=pairs.sort_values(["cells", "distance", "label"], ascending=[False, False, True]).to_dict("records"))
+
+
+def _by_chance(cl, wrong, labels, terms):
+    "Sum over wrong cells of the mean distance to the other labels, weighted by their cells."
+    known, total = {c: k for c, k in labels.items() if terms.get(c)}, 0.0
+    for a, n in wrong.items():
+        others = {c: k for c, k in known.items() if c != a}
+        if others: total += n * sum(k * cl.distance(terms[a], terms[c]) for c, k in others.items()) / sum(others.values())
+    return total
+
 # %% ../nbs/05_error_analysis.ipynb #12c8c0ee
-def analyse_errors(scored, unseen=None, n_pairs=8, n_cells=25):
+def analyse_errors(scored, unseen=None, terms=None, n_pairs=8, n_cells=25):
     """Collect what is known of a classifier's errors.
 
     Parameters
@@ -393,13 +436,15 @@ def analyse_errors(scored, unseen=None, n_pairs=8, n_cells=25):
         Test cells of taught types.
     unseen : scimlora.causes.Scored, optional
         Those of other types.
+    terms : dict of str to str or None, optional
+        From `scimlora.ontology.cl_ids`, to measure distances in the Cell Ontology.
     n_pairs, n_cells : int
 
     Returns
     -------
     dict
         `n_cells`, `n_wrong`, `pairs` (from `marker_evidence`), `hardest` (list of dict), `causes`, `classes`, `donors`,
-        `donor_effects`, `unseen` (rows of the tables of the same names), `notes`.
+        `donor_effects`, `unseen` (rows of the tables of the same names), `ontology` (from `ontology_errors`), `notes`.
     """
     table, causes = scored.table, probable_causes(scored)
     rows = lambda t: t.to_dict("records")
@@ -408,7 +453,7 @@ def analyse_errors(scored, unseen=None, n_pairs=8, n_cells=25):
                  hardest=rows(hardest_cells(causes, n_cells)), causes=rows(cause_table(causes)), classes=rows(class_table(table)),
                  donors=rows(donor_table(table)) if known else [], donor_effects=[], unseen=[] if unseen is None else rows(unseen_table(unseen)))
     if known: found["donor_effects"] = rows(donor_effects(scored.label, scored.right, scored.donor).query("q < 0.05"))
-    found["notes"] = _notes(scored)
+    found["ontology"], found["notes"] = None if terms is None else ontology_errors(table, terms), _notes(scored)
     return found
 
 
@@ -460,7 +505,7 @@ def _flat(pairs):
     return t
 
 
-def save_errors(errors, scored, out):
+def save_errors(errors, scored, out, umaps=None):
     """Write errors.json, its tables as csv, and its pictures as png.
 
     Parameters
@@ -471,6 +516,8 @@ def save_errors(errors, scored, out):
         The same cells.
     out : str or Path
         Folder.
+    umaps : pandas.DataFrame, optional
+        From `scimlora.umaps.umap_table`.
 
     Returns
     -------
@@ -478,12 +525,45 @@ def save_errors(errors, scored, out):
         Names of the files.
     """
     out, table = Path(out), scored.table
+    errors = errors | dict(umap=None if umaps is None else f"{len(umaps):,} of {len(table):,} cells are shown; wrong calls are ringed")
     plain = {"confused_pairs": _flat(errors["pairs"]), **{k: pd.DataFrame(errors[v]) for k, v in (("hardest_cells", "hardest"), ("causes", "causes"),
              ("per_type_errors", "classes"), ("per_donor", "donors"), ("donor_effects", "donor_effects"), ("unseen_types", "unseen")) if errors[v]}}
     named = {"confusion_counts": confusion(table), "confusion_normalised": normalised_confusion(table)}
     figures = {"confused_pairs": plot_pairs(errors["pairs"]), "confusion_clustered": plot_clustered(table), "causes": plot_causes(pd.DataFrame(errors["causes"]))}
+    if umaps is not None: plain["umap"], figures["umap"] = umaps, plot_umaps(umaps)
+    if errors["ontology"] and errors["ontology"]["pairs"]: plain["ontology_distance"] = pd.DataFrame(errors["ontology"]["pairs"])
     for name, t in {**plain, **named}.items():
         with atomic_path(out / f"{name}.csv") as tmp: t.to_csv(tmp, index=name in named)
     for name, fig in figures.items(): save_figure(fig, out / f"{name}.png")
     write_json(out / "errors.json", errors)
     return sorted([f"{n}.csv" for n in (*plain, *named)] + [f"{n}.png" for n in figures] + ["errors.json"])
+
+# %% ../nbs/05_error_analysis.ipynb #e258f84c
+def explain_errors(predictor, source, out, label=None, donor=None, units="auto", term_map=None):
+    """Call labelled cells, say what is wrong and why, and write it down.
+
+    Parameters
+    ----------
+    predictor : scimlora.predict.Predictor
+    source : anndata.AnnData
+        Test cells; where `obs` has a column `tissue`, it helps to tell what labels mean.
+    out : str or Path
+        Folder.
+    label, donor, units : str
+        As in `score_file`.
+    term_map : str or Path, optional
+        File of labels and Cell Ontology ids, see `scimlora.ontology.read_term_map`.
+
+    Returns
+    -------
+    errors : dict
+        From `analyse_errors`.
+    files : list of str
+        From `save_errors`.
+    """
+    mapping = None if term_map is None else read_term_map(term_map)
+    scored, unseen = score_file(predictor, source, label, donor, units)
+    tissue = source.obs["tissue"].dropna().astype(str).mode() if "tissue" in source.obs else ()
+    errors = analyse_errors(scored, unseen, cl_ids(sorted({*scored.label, *scored.called}), tissue[0] if len(tissue) else None, mapping))
+    umaps = umap_table(predictor.base.embed(scored.cells.X), predictor.embed(scored.cells.X), scored.table)
+    return errors, save_errors(errors, scored, out, umaps)
