@@ -283,7 +283,7 @@ def signs(scored):
     pandas.DataFrame
         `Scored.table` and, a column each: wrong, p_label (probability of the true label), suggested and its threshold
         (confident learning), label_level and other_level (markers of the label and of the suggested, else called, type),
-        amount and limit (counts, else genes), first, second, gain, first_level, second_level, doublet, donor_rate,
+        amount and limit (counts, else genes), times_median (amount by the median of its type's rightly called cells), first, second, gain, first_level, second_level, doublet, donor_rate,
         rest_rate, donor_q.
     """
     t, X, right = scored.table, scored.cells.X, scored.right
@@ -297,6 +297,7 @@ def signs(scored):
     t["label_level"], t["other_level"] = _column(levels, profiles, scored.label), _column(levels, profiles, other)
     t["amount"] = np.diff(X.indptr).astype(float) if scored.total is None else scored.total
     t["limit"] = t.label.map(low_limits(t.amount.to_numpy(), scored.label, right))
+    t["times_median"] = t.amount / t.label.map(t.amount[right].groupby(t.label[right]).median())
     pair = _no_pair(len(t)) if profiles is None else doublet_scores(X, profiles)
     return _with_donors(pd.concat([t, pair], axis=1), scored)
 
@@ -342,7 +343,7 @@ def _level(v): return "unknown" if np.isnan(v) else f"{v:.2f}"
 
 def _evidence(r, what):
     if r.cause == "doublet-like":
-        return f"nearer to {r.first} + {r.second} than to any type by {r.gain:.3f}; marker levels {r.first} {r.first_level:.2f}, {r.second} {r.second_level:.2f}"
+        return f"nearer to {r.first} + {r.second} than to any type by {r.gain:.3f}; marker levels {r.first} {r.first_level:.2f}, {r.second} {r.second_level:.2f}; {_level(r.times_median)} times the median {what}"
     if r.cause == "label noise":
         p = f"probability of {r.suggested} reaches its threshold {r.threshold:.2f}, that of the label is {r.p_label:.2f}"
         return f"{p}; marker levels {r.label} {_level(r.label_level)}, {r.suggested} {_level(r.other_level)}"

@@ -176,7 +176,7 @@ def errors(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad fi
     from scimlora.report import errors_text
 
     check_output(out, folder=True)
-    found, files = explain_errors(Predictor(bundle, base), read_cells(test), out, label, donor, units, terms)
+    found, files = explain_errors(Predictor(bundle, base), read_cells(test), out, label, donor, units, terms, " ".join(["scimlora", *sys.argv[1:]]))
     _show_notes(found["notes"])
     print(errors_text(found))
     _say(f"{out}: {', '.join(files)}")

@@ -83,7 +83,7 @@ def cluster_classes(shares):
     """
     v = shares.to_numpy(float)
     if len(v) < 2: return np.zeros((0, 4))
-    d = 1 - (v + v.T) / 2
+    d = 1 - np.sqrt((v + v.T) / 2)
     np.fill_diagonal(d, 0)
     return linkage(squareform(d, checks=False), "average", optimal_ordering=True)
 
@@ -107,6 +107,7 @@ def plot_clustered(table):
     side, ax = fig.subplots(1, 2, width_ratios=(1, max(4, 0.7 * len(shares))))
     order = list(range(len(shares)))
     if len(tree): order = dendrogram(tree, orientation="left", ax=side, color_threshold=0, above_threshold_color="0.4")["leaves"]
+    if len(tree): side.set_xlim(1.02, tree[:, 2].min() - 0.1)  # from the closest pair on: below it there are only parallel lines
     side.set_axis_off(); side.invert_yaxis()
     shares, counts = shares.iloc[order, order], counts.iloc[order, order]
     text = counts.astype(str).where(counts > 0, "") if len(counts) <= 25 else False
@@ -539,7 +540,7 @@ def save_errors(errors, scored, out, umaps=None):
     return sorted([f"{n}.csv" for n in (*plain, *named)] + [f"{n}.png" for n in figures] + ["errors.json"])
 
 # %% ../nbs/05_error_analysis.ipynb #e258f84c
-def explain_errors(predictor, source, out, label=None, donor=None, units="auto", term_map=None):
+def explain_errors(predictor, source, out, label=None, donor=None, units="auto", term_map=None, command=None):
     """Call labelled cells, say what is wrong and why, and write it down.
 
     Parameters
@@ -553,6 +554,8 @@ def explain_errors(predictor, source, out, label=None, donor=None, units="auto",
         As in `score_file`.
     term_map : str or Path, optional
         File of labels and Cell Ontology ids, see `scimlora.ontology.read_term_map`.
+    command : str, optional
+        What was typed, for the record.
 
     Returns
     -------
@@ -565,5 +568,6 @@ def explain_errors(predictor, source, out, label=None, donor=None, units="auto",
     scored, unseen = score_file(predictor, source, label, donor, units)
     tissue = source.obs["tissue"].dropna().astype(str).mode() if "tissue" in source.obs else ()
     errors = analyse_errors(scored, unseen, cl_ids(sorted({*scored.label, *scored.called}), tissue[0] if len(tissue) else None, mapping))
+    if command: errors["command"] = command
     umaps = umap_table(predictor.base.embed(scored.cells.X), predictor.embed(scored.cells.X), scored.table)
     return errors, save_errors(errors, scored, out, umaps)

@@ -126,7 +126,7 @@ def comparison_table(m):
         t = t.rename(index={"lora": "bundle, paths joined"})
         for k, v in paths.items(): t.loc[f"bundle, {k} alone"] = [v.get(c) for c in t.columns]
     text = _md_table(t)
-    if s := m.get("seeds"):
+    if (s := m.get("seeds")) and s["n"] > 1:
         text += (f"\n\nLoRA over {s['n']} seeds: macro-F1 {s['macro_f1_mean']:.3f} ± {s['macro_f1_sd']:.3f}, "
                  f"accuracy {s['accuracy_mean']:.3f} ± {s['accuracy_sd']:.3f} (the table holds the bundle's seed).")
     return text
@@ -152,7 +152,7 @@ def pair_text(e, bold=""):
     str
     """
     n = "1 cell" if e["cells"] == 1 else f"{e['cells']:,} cells"
-    return f"{bold}{e['label']} called {e['predicted']}{bold}: {n} ({e['share']:.0%} of the type); " + ("they " if e["label_markers"] else "") + e["says"] + "."
+    return f"{bold}{e['label']} called {e['predicted']}{bold}: {n} ({e['share']:.{0 if e['share'] >= .01 else 1}%} of the type); " + ("they " if e["label_markers"] else "") + e["says"] + "."
 
 
 def _pair_genes(e):
@@ -243,12 +243,13 @@ def _mistakes(run, errors):
 def _causes(run, errors):
     rule = ("One cause a cell, the most specific sign first. A sign that is as frequent among cells that were called rightly explains nothing, so "
             "that share stands beside it.")
-    notes = " ".join(f"{n[0].upper() + n[1:]}." for n in errors.get("notes", []))
+    notes = " ".join(f"{n[0].upper() + n[1:]}." for n in errors["notes"])
     return _join("### Probable causes", rule, _rows(errors["causes"], "cause"), _figure(run, "causes", "Probable causes"), notes)
 
 
 def _donors(errors):
     if not errors["donors"]: return "### Per donor\n\nNo donors were named; `scimlora errors … --donor COLUMN` makes this table."
+    if len(errors["donors"]) < 2: return _join("### Per donor", _rows(errors["donors"], "donor"), "All test cells are of one donor, so donors cannot be compared.")
     found = errors["donor_effects"]
     said = ("In these, more cells of a type are called wrongly than in the other donors (Fisher's exact test, false discovery rate 5 %):\n\n"
             + _rows(found, "donor", ["label", "cells", "wrong", "rate", "rest_rate", "q"])) if found else "No donor has significantly more errors within a type than the others."
@@ -279,7 +280,7 @@ def _forgetting(run, m):
 def _kept(run, f):
     "What is left of the labels of other cells."
     t = pd.DataFrame(f["curve"]).set_index("alpha")
-    lost = {k: 100 * (t[k].iloc[0] - t[k].iloc[-1]) for k in ("knn", "linear")}
+    lost = {k: round(100 * (t[k].iloc[0] - t[k].iloc[-1]), 1) or -0.0 for k in ("knn", "linear")}
     said = (f"Of {f['cells']:,} cells of other tissues ({f['source']}), labels that half of the cells lend to the other half are right in "
             f"{t.knn.iloc[0]:.1%} with the adapter off and {t.knn.iloc[-1]:.1%} with it on by nearest neighbours ({-lost['knn']:+.1f} points), and in {t.linear.iloc[0]:.1%} and "
             f"{t.linear.iloc[-1]:.1%} by a line ({-lost['linear']:+.1f} points).")
@@ -305,7 +306,7 @@ def _efficiency(run, m, man):
             ("logistic regression on genes (`logreg_genes`)", n * (man["genes"] + 1) if "genes" in man else None, f1("logreg_genes"), took.get("logreg_genes")),
             ("all parameters, as full fine-tuning would", p.get("total"), None, None)]
     total = p.get("total")
-    t = pd.DataFrame([dict(trained=k, parameters=v, share_of_model=v / total if v is not None and total else None, macro_f1=f, seconds=s) for k, v, f, s in rows])
+    t = pd.DataFrame([dict(trained=k, parameters=v, share_of_model=f"{v / total:.2%}" if v is not None and total else None, macro_f1=f, seconds=s) for k, v, f, s in rows])
     said = f"{p['trainable']:,} of {total:,} parameters were trained ({p['fraction']:.2%}): {p['adapter']:,} in the adapters, {p['head']:,} in the head." if total else ""
     return _join(said, _md_table(t.astype(object).set_index("trained").rename(columns=lambda c: c.replace("_", " "))),
                  "Full fine-tuning was not run. Seconds include validation for LoRA, and the choice of settings by inner cross-validation for the others.")
@@ -338,8 +339,8 @@ def _limits(m, man, errors):
     elif kind == "cell": lines.append("- The split was by cell, so cells of one donor are on both sides and the numbers flatter.")
     elif column != "donor": lines.append(f"- What was held out is one `{column}`; other donors, laboratories and techniques will be harder.")
     else: lines.append("- Other laboratories and techniques will be harder than other donors.")
-    if m and not m.get("seeds"): lines.append("- One seed was run; another seed gives somewhat other numbers.")
-    lines.append("- Causes of errors are signs, not proofs: a marker level cannot tell ambient RNA from a second cell.")
+    if m and (m.get("seeds") or dict(n=1))["n"] < 2: lines.append("- One seed was run; another seed gives somewhat other numbers.")
+    lines.append("- Causes of errors are signs, not proofs: a marker level cannot tell ambient RNA from a second cell, nor two similar types in one drop from a cell between them.")
     return "\n".join(lines)
 
 
@@ -351,7 +352,8 @@ def _repeat(run, m, man, errors):
                 done[2] or f"scimlora errors bundle TEST.h5ad{label} --out .", "scimlora report ."]
     t = pd.DataFrame([("seed", man.get("seed", "–")), *((f"`{k}` SHA-256", f"`{v}`") for k, v in man["base"]["sha256"].items()), *man["versions"].items()], columns=["what", "is"])
     t["is"] = t["is"].astype(str)
-    return _join("```sh\n" + "\n".join(c for c in done if c) + "\n```", "Capitals stand for files that are not on record.", _md_table(t.set_index("what")),
+    commands = "\n".join(c for c in done if c)
+    return _join(f"```sh\n{commands}\n```", "Capitals stand for files that are not on record." if "TEST.h5ad" in commands or "TRAIN.h5ad" in commands else "", _md_table(t.set_index("what")),
                  "The bundle's model card, with these numbers, is `bundle/README.md`.")
 
 # %% ../nbs/05a_report.ipynb #68943239

@@ -10,7 +10,6 @@ import warnings
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 import scanpy as sc
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
