@@ -232,12 +232,12 @@ def _mistakes(run, errors):
     for e in errors["pairs"]:
         lines.append(f"- {pair_text(e, bold='**')}")
         lines += [f"  {text}" for text in _pair_genes(e)]
-    hard = ["label", "cell_type", "confidence", "cause", "evidence"]
+    hard = [f"- `{h['cell_id']}`: {h['label']} called {h['cell_type']}, confidence {h['confidence']:.2f}. **{h['cause']}**: {h['evidence']}." for h in errors["hardest"][:12]]
     unseen = errors.get("unseen", [])
     return _join("\n".join(lines), _figure(run, "confused_pairs", "Markers of confused pairs"), _figure(run, "confusion_clustered", "Confusion matrix, clustered"),
                  _causes(run, errors), "### Per type\n\n" + _rows(errors["classes"], "label"), _donors(errors),
                  "### Types never taught\n\n" + _rows(unseen, "label") if unseen else "", _ontology(errors), _umap(run, errors),
-                 "### Hardest cells\n\n" + _rows(errors["hardest"][:12], "cell_id", hard) if errors["hardest"] else "")
+                 "### Hardest cells\n\n" + "\n".join(hard) if hard else "")
 
 
 def _causes(run, errors):

@@ -71,11 +71,13 @@ _MARKS = ("o", "^", "s", "P", "v", "D")
 
 def _label_types(ax, t, x, y, most=30):
     "Write each type at the median of its cells, the largest first, moved aside where two would collide."
-    taken, height = [], 0.045 * (t[y].max() - t[y].min())
+    taken, height, width, middle = [], 0.05 * np.ptp(t[y]), 0.2 * np.ptp(t[x]), (t[y].max() + t[y].min()) / 2
     for c in t.label.value_counts().index[:most]:
-        at = t.loc[t.label == c, [x, y]].median().to_numpy()
-        while any(abs(at[0] - b[0]) < 4 * height and abs(at[1] - b[1]) < height for b in taken): at = at + [0, height]
+        at = of = t.loc[t.label == c, [x, y]].median().to_numpy()
+        step = np.array([0, -height if at[1] > middle else height])  # inwards, so that no name leaves the picture
+        while any(abs(at[0] - b[0]) < width and abs(at[1] - b[1]) < height for b in taken): at = at + step
         taken.append(at)
+        ax.plot(*zip(of, at), color="0.5", lw=.6, zorder=2)  # from a name that was moved to its cells
         ax.text(*at, c, ha="center", va="center", fontsize=8, bbox=dict(facecolor="white", alpha=.75, edgecolor="none", pad=.6), zorder=4)
 
 
