@@ -182,17 +182,20 @@ def evaluate(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad 
 def errors(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad file of labelled test cells")],
            out: Annotated[Path, typer.Option("--out", help="folder for errors.json, tables and plots")],
            label: Annotated[Optional[str], typer.Option("--label", help="column of obs; by default the one trained on")] = None,
+           donor: Annotated[Optional[str], typer.Option("--donor", help="column of obs with donors, to look for their effects")] = None,
+           terms: Annotated[Optional[Path], typer.Option("--terms", help="csv, tsv or json: label, Cell Ontology id; wins over names and synonyms")] = None,
            base: BaseOpt = None, units: UnitsOpt = "auto"):
-    "List confused pairs with their marker evidence, and the hardest cells."
-    from scimlora.error_analysis import analyse_errors, save_errors
-    from scimlora.report import pair_text
+    "Say which types are confused, which cells are hardest, and why."
+    from scimlora.error_analysis import explain_errors
+    from scimlora.files import read_cells
+    from scimlora.predict import Predictor
+    from scimlora.report import errors_text
 
     check_output(out, folder=True)
-    *_, table, cells = _examined(bundle, test, label, base, units)
-    found = analyse_errors(cells, table)
-    save_errors(found, out)
-    print(f"{found['n_wrong']:,} of {found['n_cells']:,} cells are called wrongly")
-    for e in found["pairs"]: print("  " + pair_text(e))
+    found, files = explain_errors(Predictor(bundle, base), read_cells(test), out, label, donor, units, terms, " ".join(["scimlora", *sys.argv[1:]]))
+    _show_notes(found["notes"])
+    print(errors_text(found))
+    _say(f"{out}: {', '.join(files)}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from .classifier import Classifier
-from .error_analysis import analyse_errors, save_errors
+from .error_analysis import explain_errors
 from .evaluation import comparison, save_evaluation
 from .examples import baron, pollen
 from .forgetting import save_forgetting
@@ -83,7 +83,7 @@ def run_demo(out="runs/demo", seeds=(0, 1, 2), base="mini", say=print, **setting
     save_evaluation(metrics, table, out)
     save_forgetting(metrics["forgetting"], out)
     say("analysing the errors")
-    save_errors(analyse_errors(scored, table), out)
+    explain_errors(clf.predictor, test, out, "cell_type", "library")
     clf.bundle.manifest |= dict(metrics=metrics, metrics_on=f"library {', '.join(split.groups['test'])}", command="scimlora demo")
     clf.save(out / "bundle")
     shutil.copyfile(write_report(out).with_suffix(".html"), out / "report.html")
