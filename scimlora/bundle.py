@@ -97,7 +97,7 @@ def _write(folder, b):
     save_file({k: v.contiguous() for k, v in b.adapter.items()}, folder / "adapter_model.safetensors")
     head = {"weight": b.head.linear.weight, "bias": b.head.linear.bias, **{k: torch.from_numpy(np.asarray(getattr(b, k), np.float32)) for k in _CENTROIDS}}
     save_file({k: v.detach().contiguous() for k, v in head.items()}, folder / "head.safetensors")
-    if b.genepath is not None: save_file({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in vars(b.genepath).items()}, folder / "genepath.safetensors")
+    if b.genepath is not None: save_file({f.name: torch.from_numpy(np.ascontiguousarray(getattr(b.genepath, f.name))) for f in fields(GenePath)}, folder / "genepath.safetensors")
     (folder / "label_classes.txt").write_text("\n".join(b.classes) + "\n", encoding="utf-8")
     write_json(folder / "calibration.json", b.calibration.to_dict())
     if b.baselines:
@@ -232,7 +232,7 @@ def _genepath(path, classes):
         if k not in t: raise InputError(f"{file}: lacks {k}; copy the bundle again")
         if not t[k].isfinite().all(): raise InputError(f"{file}: {k} holds NaN or infinite values; tune again")
     n = len(t["prior"]) if t["prior"].ndim == 1 else 0
-    if [list(t[k].shape) for k in names] != [[n, len(classes)], [len(classes)], [n], [n], [n]]: raise InputError(f"{file}: its parts do not fit each other; copy the bundle again")
+    if [list(t[k].shape) for k in names] != [[n, len(classes)], [len(classes)], [n], [n], [n, len(classes)], [n, len(classes)], [6]]: raise InputError(f"{file}: its parts do not fit each other; copy the bundle again")
     return GenePath(*(t[k].numpy() for k in names))
 
 # %% ../nbs/03b_bundle.ipynb #ec110252

@@ -229,7 +229,7 @@ class Calibration:
     cells: int = 0  # held-out cells it was fitted on
     source: str = ""  # which cells those were
 
-    def join(self, encoder, genes=None):
+    def join(self, encoder, genes=None, whole=True):
         """Return the logits of both paths as one: a weighted product of their probabilities.
 
         Parameters
@@ -238,18 +238,21 @@ class Calibration:
             Logits of the adapted encoder and its head.
         genes : numpy.ndarray, shape (n_cells, n_classes), optional
             Logits of the gene path.
+        whole : bool, or numpy.ndarray of bool, shape (n_cells,)
+            Cells that lack many genes: False. The encoder was never shown such, so the gene path answers alone.
 
         Returns
         -------
         numpy.ndarray, shape (n_cells, n_classes)
         """
         if genes is None: return np.asarray(encoder, np.float64)
-        paths = (encoder, self.encoder_temperature, self.encoder_weight), (genes, self.gene_temperature, 1 - self.encoder_weight)
+        share = np.where(np.broadcast_to(whole, len(genes)) | (self.encoder_weight == 1), self.encoder_weight, 0.0)[:, None]
+        paths = (encoder, self.encoder_temperature, share), (genes, self.gene_temperature, 1 - share)
         return sum(w * log_softmax(np.asarray(v, np.float64) / t, axis=1) for v, t, w in paths)
 
-    def proba(self, encoder, genes=None):
-        "Return probabilities, shape (n_cells, n_classes), rows that sum to 1, of the logits of one path or of both."
-        return softmax(self.join(encoder, genes) / self.temperature, axis=1)
+    def proba(self, encoder, genes=None, whole=True):
+        "Return probabilities, shape (n_cells, n_classes), rows that sum to 1, of the logits of one path or of both, as `join` takes them."
+        return softmax(self.join(encoder, genes, whole) / self.temperature, axis=1)
 
     def unlike(self, distances):
         "Return how unlike all classes cells are, shape (n_cells,), from distances in both embeddings, shape (n_cells, 2)."

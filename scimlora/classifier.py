@@ -21,6 +21,7 @@ from .data import NORMALISATION, align_cells, obs_column
 from .evaluation import evaluate, fit_baselines
 from .forgetting import forgetting
 from .genepath import fit_genepath
+from .ontology import cl_ids
 from .lora import TuneConfig, train_lora
 from .predict import Predictor, annotate
 from .splits import folds, split
@@ -83,7 +84,7 @@ _PACKAGES = ("scimlora", "torch", "peft", "numpy", "scipy", "scikit-learn", "ann
 def _manifest(base, tuned, checks, classes, y, cells, label, donor, notes, choice, seconds, title, held_out):
     counts = {c: int((y == i).sum()) for i, c in enumerate(classes)}
     return dict(schema_version=SCHEMA, title=title, base=dict(name=base.name, sha256=base.sha256), normalisation=NORMALISATION, genes=len(base.genes), label=label, donor=donor, split=held_out or _NO_TEST, validation=checks,
-                labels={c: None for c in classes}, training=dict(cells=checks["cells"]["train"], validation=checks["cells"]["val"], genes_measured=int(cells.measured.sum()),
+                labels=cl_ids(classes), training=dict(cells=checks["cells"]["train"], validation=checks["cells"]["val"], genes_measured=int(cells.measured.sum()),
                 per_class=counts, seconds=seconds, input=cells.report), config=asdict(tuned.config), choice=choice, parameters=tuned.counts, notes=notes,
                 history=tuned.history, metrics={}, versions=versions(*_PACKAGES), seed=tuned.config.seed,
                 created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))

@@ -115,7 +115,7 @@ def forgetting(predictor, X, labels, target=None, alphas=ALPHAS, n=2000, seed=0)
         z = run_layers(layers, X)
         row = dict(alpha=a, **probe(z, y, ref, query), cosine=float((z * zb).sum(1).mean()), neighbour_overlap=_overlap(zb, z))
         if target is not None:
-            proba = b.calibration.proba(*predictor.paths(target[0], run_layers(layers, target[0].X)))
+            proba = predictor.proba(target[0], run_layers(layers, target[0].X))
             row["target_macro_f1"] = float(score(target[1], proba, b.classes)["macro_f1"])
         out.append(row)
     return pd.DataFrame(out)

@@ -15,6 +15,7 @@ from scipy.special import softmax
 from .base import run_layers
 from .core import InputError
 from .evaluation import baseline_proba, fit_baselines
+from .genepath import fit_genepath
 from .lora import Tuned, TuneConfig, adapted_layers, train_lora
 
 # %% ../nbs/04aa_methods.ipynb #e0263005
@@ -22,7 +23,7 @@ TUNED = {"as configured": {}, "LoRA": dict(method="lora", variant="lora"), "LoRA
          "DoRA": dict(variant="dora"), "PiSSA": dict(variant="pissa"), "LoRA+": dict(lora_plus=8.0), "BatchNorm": dict(method="bn"), "full": dict(method="full"),
          "linear": dict(method="linear"), "prototype": dict(method="prototype")}
 BESIDE = {"kNN": "base_knn", "linear, C by cross-validation": "base_linear", "BatchNorm recalibrated, linear": "base_linear_bn_recalibrated",
-          "gene path": "gene_path", "logistic regression on genes": "logreg_genes", "majority": "majority"}
+          "logistic regression on genes": "logreg_genes", "majority": "majority"}
 
 
 @dataclass
@@ -43,7 +44,7 @@ def fit_method(name, base, X, y, n_classes, config=None, val=None, donors=None):
     Parameters
     ----------
     name : str
-        A key of `TUNED` (settings that are laid over `config`) or of `BESIDE` (the baselines that bundles keep).
+        A key of `TUNED` (settings that are laid over `config`), `'gene path'`, or a key of `BESIDE` (the baselines that bundles keep).
     base : scimlora.base.Base
         Left unchanged.
     X : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
@@ -69,7 +70,8 @@ def fit_method(name, base, X, y, n_classes, config=None, val=None, donors=None):
     """
     config = config or TuneConfig()
     if name in TUNED: return _tuned(name, base, train_lora(base, X, y, n_classes, replace(config, **TUNED[name]), val, donors))
-    if name not in BESIDE: raise InputError(f"no method '{name}'; choose one of: {', '.join([*TUNED, *BESIDE])}")
+    if name == "gene path": return Fitted(name, fit_genepath(base, X, y, n_classes, seed=config.seed).logits)
+    if name not in BESIDE: raise InputError(f"no method '{name}'; choose one of: {', '.join([*TUNED, 'gene path', *BESIDE])}")
     key = BESIDE[name]
     tensors, info = fit_baselines(base, X, y, list(range(n_classes)), donors, config.seed, [key])
     return Fitted(name, lambda Z: np.log(baseline_proba(key, tensors, info, base, Z).astype(np.float64) + 1e-12))

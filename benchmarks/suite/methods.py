@@ -22,7 +22,8 @@ from scimlora.calibration import class_centroids, fit_temperature
 from scimlora.classifier import Classifier
 from scimlora.evaluation import recalibrate_batchnorm, tuned_logreg
 from scimlora.genepath import fit_genepath
-from scimlora.lora import TuneConfig, adapter_deltas, train_lora
+from scimlora.lora import TuneConfig
+from scimlora.methods import fit_method
 from suite.code import code_of, with_imports
 from suite.tasks import LABEL
 
@@ -150,13 +151,9 @@ def prototypes(d):
 
 
 def lora(d):
-    "Adapters alone on all training cells: the defaults of `TuneConfig`, 400 steps at least, the last epoch."
-    base, n = d.task.base, len(d.task.classes)
-    config = TuneConfig(seed=d.seed, keep_best=False, epochs=max(20, int(np.ceil(400 / np.ceil(len(d.y) / 64)))))
-    m = train_lora(base, d.on(base.genes), d.y, n, config)
-    layers = fold(base.encoder, adapter_deltas(m.adapter_config, m.adapter))
-    W, b = (p.detach().numpy() for p in (m.head.linear.weight, m.head.linear.bias))
-    return lambda cells: softmax(run_layers(layers, cells.on(base.genes)) * base.latent ** 0.5 @ W.T + b, axis=1), m.counts["fraction"]
+    "Adapters alone on all training cells: the defaults of `TuneConfig`, the last epoch."
+    m = fit_method("LoRA", d.task.base, d.on(d.task.base.genes), d.y, len(d.task.classes), TuneConfig(seed=d.seed, keep_best=False))
+    return lambda cells: m.proba(cells.on(d.task.base.genes)), m.tuned.counts["fraction"]
 
 
 def gene_path(d):
@@ -194,6 +191,6 @@ METHODS = {m.name: m for m in (
     Method("frozen base + prototypes", "ours", prototypes, ("folds", "with_base"), ("base", "calibration")),
     Method("frozen base + linear", "ours", frozen_linear, ("linear_on", "with_base"), ("base", "evaluation")),
     Method("BatchNorm recalibrated + linear", "ours", frozen_bn, ("linear_on", "with_base"), ("base", "evaluation")),
-    Method("LoRA", "ours", lora, (), ("base", "lora"), ("torch", "peft")),
+    Method("LoRA", "ours", lora, (), ("base", "heads", "lora", "methods"), ("torch", "peft")),
     Method("gene path", "ours", gene_path, ("folds", "with_base"), ("base", "genepath", "calibration")),
     Method("scimlora", "ours", product, (), with_imports("classifier"), ("torch", "peft", "scikit-learn")))}
