@@ -106,4 +106,4 @@ def summary(metrics):
     s = metrics["seeds"]
     rows = [f"{'':<30}" + "".join(f"{c:>19}" for c in t.columns)]
     rows += [f"{n:<30}" + "".join(f"{v:>19.3f}" for v in r) for n, r in zip(t.index, t.to_numpy())]
-    return "\n".join([*rows, "", f"lora over {s['n']} seeds: macro-F1 {s['macro_f1_mean']:.3f} ± {s['macro_f1_sd']:.3f}", verdict(metrics)])
+    return "\n".join([*rows, "", f"{t.index[-1]} over {s['n']} seeds: macro-F1 {s['macro_f1_mean']:.3f} ± {s['macro_f1_sd']:.3f}", verdict(metrics)])

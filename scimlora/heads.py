@@ -9,7 +9,6 @@ __all__ = ['logreg_start', 'centroid_start', 'Head', 'CosineHead', 'make_head']
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 # %% ../nbs/02d_heads.ipynb #c36c664a
@@ -31,6 +30,8 @@ def logreg_start(z, y, n_classes, C=3.0):
     bias : numpy.ndarray of float64, shape (n_classes,)
         For `z` as given: logits are z @ weight.T + bias.
     """
+    from sklearn.linear_model import LogisticRegression  # predicting needs none
+
     if n_classes < 2: return np.zeros((n_classes, z.shape[1])), np.zeros(n_classes)
     z = np.asarray(z, np.float64)
     mean = z.mean(0)

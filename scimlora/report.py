@@ -127,7 +127,7 @@ def comparison_table(m):
         for k, v in paths.items(): t.loc[f"bundle, {k} alone"] = [v.get(c) for c in t.columns]
     text = _md_table(t)
     if (s := m.get("seeds")) and s["n"] > 1:
-        text += (f"\n\nLoRA over {s['n']} seeds: macro-F1 {s['macro_f1_mean']:.3f} ± {s['macro_f1_sd']:.3f}, "
+        text += (f"\n\n{'scimlora' if m.get('paths') else 'LoRA'} over {s['n']} seeds: macro-F1 {s['macro_f1_mean']:.3f} ± {s['macro_f1_sd']:.3f}, "
                  f"accuracy {s['accuracy_mean']:.3f} ± {s['accuracy_sd']:.3f} (the table holds the bundle's seed).")
     return text
 

@@ -342,7 +342,7 @@ DAMAGE = {
        for how, data in (("empty", b""), ("garbage", PNG * 20))},
     "gene path without weight": (tensors("genepath.safetensors", lambda t: {k: v for k, v in t.items() if k != "weight"}), ["genepath.safetensors", "weight"]),
     "gene path of other classes": (tensors("genepath.safetensors", lambda t: t | {"bias": t["bias"][:-1]}), ["genepath.safetensors", "fit"]),
-    "gene path of other genes": (tensors("genepath.safetensors", lambda t: {k: v if k == "bias" else v[1:] for k, v in t.items()}), ["genepath.safetensors", "genes"]),
+    "gene path of other genes": (tensors("genepath.safetensors", lambda t: {k: v if k in ("bias", "scale") else v[1:] for k, v in t.items()}), ["genepath.safetensors", "genes"]),
     "gene path of NaN": (tensors("genepath.safetensors", nan_weights), ["genepath.safetensors", "NaN|finite"]),
     "a share of the encoder above 1": (edit("calibration.json", encoder_weight=2), ["calibration.json", "encoder_weight"]),
     "schema of old": (edit("manifest.json", schema_version=1), ["schema version 1", "tune it again"]),
