@@ -147,7 +147,7 @@ class GenePath:
     level: np.ndarray  # (n_genes, n_classes) float16, mean CP10K
     scale: np.ndarray  # (6,) float32: temperatures of the line and of the angles; of angles and likelihoods of n genes: exp(a + b log n)
 
-    def logits(self, X, measured=None):
+    def logits(self, X, measured=None, listed=None):
         """Return logits of cells.
 
         Parameters
@@ -157,13 +157,19 @@ class GenePath:
         measured : numpy.ndarray of bool, shape (n_genes,), or CSR matrix of shape (n_cells, n_genes), optional
             Genes that were looked for: in the file, or in each cell (an empty row: all). All by default, and all if they hold
             nine tenths of what the training cells were told by.
+        listed : numpy.ndarray of bool, shape (n_cells,), optional
+            Cells known by a handful of genes that somebody listed, with no word on the others.
 
         Returns
         -------
         numpy.ndarray of float64, shape (n_cells, n_classes)
         """
-        if not sp.issparse(measured): return self._logits(X, measured)
         out, groups = np.empty((X.shape[0], len(self.bias))), {}
+        if listed is not None and listed.any():
+            out[listed] = self._listed(X[listed])
+            if not listed.all(): out[~listed] = self.logits(X[~listed], measured[~listed] if sp.issparse(measured) else measured)
+            return out
+        if not sp.issparse(measured): return self._logits(X, measured)
         for i in range(X.shape[0]): groups.setdefault(measured.indices[measured.indptr[i]:measured.indptr[i + 1]].tobytes(), []).append(i)
         for rows in groups.values():
             there = np.bincount(measured[rows[0]].indices, minlength=len(self.prior)) > 0
@@ -180,13 +186,22 @@ class GenePath:
             return ((line + self.bias) / self.scale[0] + angles / self.scale[1]).astype(np.float64) / 2
         return self._partial(X, measured)
 
+    def _tempered(self, n):
+        "Temperatures of angles and likelihoods of n genes."
+        n = np.log(np.maximum(n, 1))
+        return np.exp(self.scale[2] + self.scale[3] * n), np.exp(self.scale[4] + self.scale[5] * n)
+
     def _partial(self, X, measured):
         there = (self.prior > 0) & measured
-        n = np.log(max(there.sum(), 1))
-        weights = self.prior * there
-        out = (directions(X, weights) @ _angles(self.profile, self.level, weights)).astype(np.float64) / np.exp(self.scale[2] + self.scale[3] * n)
-        if there.sum() >= FEW_GENES: return out
-        return (out + _likelihoods(X, self.level, there) / np.exp(self.scale[4] + self.scale[5] * n)) / 2
+        weights, (t, u) = self.prior * there, self._tempered(there.sum())
+        out = (directions(X, weights) @ _angles(self.profile, self.level, weights)).astype(np.float64) / t
+        return out if there.sum() >= FEW_GENES else (out + _likelihoods(X, self.level, there) / u) / 2
+
+    def _listed(self, X):
+        # Insulin and nothing else: of the genes listed it is all there is, of a cell's genes it is what marks a beta cell.
+        t, u = (v[:, None] for v in self._tempered(np.diff(X.indptr)))
+        angles = directions(X, self.prior) @ _angles(self.profile, self.level, self.prior)
+        return (angles / t + _likelihoods(X, self.level, self.prior > 0) / u).astype(np.float64) / 2
 
 # %% ../nbs/03ab_genepath.ipynb #38103fb9
 _SIZES = (10, 30, 100, 300, 1000, 3000)

@@ -193,13 +193,13 @@ class Predictor:
             Of the gene path, if the bundle has one.
         """
         path = self.bundle.genepath
-        return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b, None if path is None else path.logits(cells.X, cells.measured)
+        return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b, None if path is None else path.logits(cells.X, cells.measured, self._listed(cells))
 
     def proba(self, cells, z):
         "Return calibrated probabilities, shape (n_cells, n_classes), of cells and their adapted embeddings."
         path, m = self.bundle.genepath, cells.measured
         if path is None: whole = True
-        else: whole = np.array([path.whole(r.indices if r.nnz else None) for r in m]) if sp.issparse(m) else path.whole(m)
+        else: whole = np.array([path.whole(r.indices if r.nnz else None) for r in m]) & ~self._listed(cells) if sp.issparse(m) else path.whole(m)
         return self.bundle.calibration.proba(*self.paths(cells, z), whole)
 
     def predict(self, cells, units="auto"):
@@ -248,6 +248,10 @@ class Predictor:
             reason[strange] = "unlike every class it was taught"
         reason[np.diff(cells.X.indptr) == 0] = "no counts in the model's genes"
         return reason
+
+    def _listed(self, cells):
+        "Which cells are a handful of genes with no word on the others: (n_cells,) bool, or None."
+        return cells.panel & (np.diff(cells.measured.indptr) == 0) if cells.panel is not None and sp.issparse(cells.measured) else None
 
     def _few(self, cells):
         "Which cells have far fewer genes than those that were taught: (n_cells,) bool, or one for all."
@@ -441,9 +445,8 @@ def genes_to_cells(cells, genes, units="auto"):
         raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(_short(g) for g in list(cells[i])[:3])}); give human gene symbols or Ensembl ids")
     panel, keep = used < FEW_GENES, [t >= 0 for t in to]
     X = _rows([t[k] for t, k in zip(to, keep)], [v[k] for (v, _), k in zip(linear, keep)], len(genes))
-    # Of a panel, and of a cell that comes with its zeros, the genes given are those that were looked for.
-    listed = panel | [any(v == 0 for v in c.values()) for c in cells]
-    given = _rows([t[k] if all_of_them else t[:0] for t, k, all_of_them in zip(to, keep, listed)], None, len(genes))
+    # A cell that comes with zeros says which genes were looked for; one without leaves out its zeros, or lists a few genes.
+    given = _rows([t[k] if any(v == 0 for v in c.values()) else t[:0] for t, k, c in zip(to, keep, cells)], None, len(genes))
     X.eliminate_zeros()
     obs = pd.DataFrame(dict(units=[u for _, u in linear], genes_used=used, genes_unknown=[len(c) for c in cells] - used))
     return Cells(log1p_cp10k(X), obs, list(genes), panel=panel, measured=given)
