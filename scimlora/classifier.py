@@ -8,21 +8,21 @@ __all__ = ['Classifier', 'tune']
 # %% ../nbs/05b_classifier.ipynb #bf380870
 import datetime
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from .base import load_base
 from .bundle import SCHEMA, Bundle, save_bundle
 from .calibration import Calibration, class_centroids, fit_calibration
-from .choice import choose
+from .choice import STRENGTHS, choose, choose_strength
 from .core import InputError, progress, versions
 from .data import NORMALISATION, align_cells, obs_column
 from .evaluation import evaluate, fit_baselines
 from .forgetting import forgetting
 from .genepath import fit_genepath
 from .ontology import cl_ids
-from .lora import TuneConfig, train_lora
+from .lora import Tuned, TuneConfig, can_weaken, train_lora, weaken
 from .predict import Predictor, annotate
 from .splits import folds, split
 
@@ -90,46 +90,80 @@ def _manifest(base, tuned, checks, classes, y, cells, label, donor, notes, choic
                 created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
 
 
-def _fit(base, cells, y, donors, classes, config, rows, val=None):
-    "Train both paths on some rows; `val` rows choose the epoch. The fine-tune, and a bundle without calibration and manifest."
+@dataclass
+class _Fit:
+    "Hold what was fitted on some rows, and the rows that it has not seen."
+    tuned: Tuned
+    bundle: Bundle  # without calibration and manifest
+    rows: np.ndarray
+    held: np.ndarray
+
+
+def _fit(base, cells, y, donors, classes, config, rows, held=(), val=None):
+    "Train both paths on some rows; `val` rows choose the epoch."
     tuned = train_lora(base, cells.X[rows], y[rows], len(classes), config, None if val is None else (cells.X[val], y[val]), None if donors is None else donors[rows])
     path = fit_genepath(base, cells.X[rows], y[rows], len(classes), cells.measured, seed=config.seed)
     bare = dict(base=dict(name=base.name, sha256=base.sha256), training={})
     bundle = Bundle(bare, tuned.adapter_config, tuned.adapter, tuned.head, classes, Calibration(), None, None, path)
-    z = Predictor(bundle, base).embed(cells[rows])
-    bundle.centroids, bundle.base_centroids = class_centroids(y[rows], len(classes), z, base.embed(cells.X[rows]))
-    return tuned, bundle
+    bundle.base_centroids = class_centroids(y[rows], len(classes), base.embed(cells.X[rows]))[0]
+    return _at(_Fit(tuned, bundle, rows, np.asarray(held, int)), base, cells, y, 1.0)
 
 
-def _held_out(base, bundle, cells, rows):
-    "What a trial says of cells that it was not trained on: logits of both paths, and distances."
-    p = Predictor(bundle, base)
-    z = p.embed(cells[rows])
-    return (*p.paths(cells[rows], z), p.distances(cells.X[rows], z))
+def _at(fit, base, cells, y, strength):
+    "The fit with its adapter at a strength, and the class centroids in that embedding."
+    b = fit.bundle
+    b = replace(b, **dict(zip(("adapter_config", "adapter"), weaken(base.encoder, b.adapter_config, b.adapter, strength)))) if strength != 1 else b
+    b.centroids = class_centroids(y[fit.rows], len(b.classes), Predictor(b, base).embed(cells[fit.rows]))[0]
+    return replace(fit, bundle=b)
+
+
+def _held_out(fit, base, cells):
+    "What a fit says of cells that it was not trained on: logits of both paths, and distances."
+    n = len(fit.bundle.classes)
+    if not len(fit.held): return [np.zeros((0, k)) for k in (n, n, 2)]
+    p, c = Predictor(fit.bundle, base), cells[fit.held]
+    z = p.embed(c)
+    return (*p.paths(c, z), p.distances(c.X, z))
+
+
+def _said(fits, base, cells): return [np.concatenate(v) for v in zip(*(_held_out(f, base, cells) for f in fits))]
 
 # %% ../nbs/05b_classifier.ipynb #a65eda4f
-def _trials(base, cells, y, donors, classes, config, parts):
-    "Fit each trial. What they say of held-out rows, those rows, and the last trial's fit."
-    said, stay = [], len(parts) > 1  # the one trial of many cells also chooses the epoch, and is kept
-    for train, held in progress(parts, "checks", unit="fit") if stay else parts:
-        tuned, bundle = _fit(base, cells, y, donors, classes, config, train, None if stay or not len(held) else held)
-        said.append(_held_out(base, bundle, cells, held) if len(held) else [np.zeros((0, n)) for n in (len(classes), len(classes), 2)])
-    rows = np.concatenate([h for _, h in parts])
-    return [np.concatenate(v) for v in zip(*said)], rows, (tuned, bundle)
+def _fits(base, cells, y, donors, classes, config, parts):
+    "The trials, and the fit that is kept."
+    if len(parts) == 1:  # many cells: those held out also choose the epoch, and the encoder is kept
+        trial = _fit(base, cells, y, donors, classes, config, *parts[0], parts[0][1] if len(parts[0][1]) else None)
+        path = fit_genepath(base, cells.X, y, len(classes), cells.measured, seed=config.seed)
+        return [trial], replace(trial, bundle=replace(trial.bundle, genepath=path))
+    trials = [_fit(base, cells, y, donors, classes, config, *p) for p in progress(parts, "checks", unit="fit")]
+    return trials, _fit(base, cells, y, donors, classes, config, np.arange(len(y)))
 
 
-def _tune(base, cells, y, names, classes, donors, config, preset, error, val_share, baselines, label, donor, notes, title, held_out):
+def _faded(base, cells, y, trials, kept, preset, other, labels):
+    "The trials and the kept fit at the strength that forgets little and costs little; what was found, or {} if nothing could be."
+    rows = np.concatenate([t.held for t in trials])
+    if other is None or not len(rows) or not can_weaken(kept.bundle.adapter_config): return trials, kept, {}
+    curve = forgetting(Predictor(kept.bundle, base), other.X, labels, alphas=(0.0, *STRENGTHS))
+    known = ((curve.knn + curve.linear) / 2).tolist()
+    faded = [[_at(t, base, cells, y, s) for t in trials] for s in STRENGTHS]
+    f1 = [choose(preset, *_said(f, base, cells)[:2], y[rows])["macro_f1"] for f in faded]
+    i, why = choose_strength(STRENGTHS, known[1:], f1, known[0])
+    found = dict(strength=STRENGTHS[i], why_strength=why, retention=dict(cells=len(other), base=known[0], curve=[dict(strength=s, kept=k, macro_f1=f) for s, k, f in zip(STRENGTHS, known[1:], f1)]))
+    return faded[i], _at(kept, base, cells, y, STRENGTHS[i]), found
+
+# %% ../nbs/05b_classifier.ipynb #084dd12d
+def _tune(base, cells, y, names, classes, donors, config, preset, error, val_share, baselines, label, donor, notes, title, held_out, others):
     start = time.perf_counter()
     parts, checks = _checks(y, names, donors, val_share, donor or "", config.seed)
-    (encoder, genes, distances), rows, (tuned, bundle) = _trials(base, cells, y, donors, classes, config, parts)
-    if len(parts) > 1: tuned, bundle = _fit(base, cells, y, donors, classes, config, np.arange(len(y)))
-    else: bundle.genepath = fit_genepath(base, cells.X, y, len(classes), cells.measured, seed=config.seed)
-    choice = choose(preset, encoder, genes, y[rows])
+    trials, kept, found = _faded(base, cells, y, *_fits(base, cells, y, donors, classes, config, parts), preset, *others)
+    rows, bundle = np.concatenate([t.held for t in trials]), kept.bundle
+    encoder, genes, distances = _said(trials, base, cells)
+    choice = choose(preset, encoder, genes, y[rows]) | found
     which = f"{checks['column']} {', '.join(checks['groups'].get('val', []))}".strip() if checks["kind"] == "donor" else "drawn by cell from the training donors"
     bundle.calibration = fit_calibration(encoder, genes, y[rows], distances, choice["encoder_weight"], error, source=which, donors=None if donors is None else donors[rows])
     if choice["encoder_weight"] == 1: bundle.genepath = None
     seconds = round(time.perf_counter() - start, 2)
-    bundle.manifest = _manifest(base, tuned, checks, classes, y, cells, label, donor, notes, choice, seconds, title or "scimlora bundle", held_out)
+    bundle.manifest = _manifest(base, kept.tuned, checks, classes, y, cells, label, donor, notes, choice, seconds, title or "scimlora bundle", held_out)
     if baselines:
         bundle.baselines, bundle.baselines_info = fit_baselines(base, cells.X, y, classes, donors, config.seed)
     return Predictor(bundle, base)
@@ -211,7 +245,7 @@ class Classifier:
 
 # %% ../nbs/05b_classifier.ipynb #8ccf7e4c
 def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_cells=1, val_share=0.2, error=0.05, baselines=True,
-         units="auto", title="", held_out=None, **settings):
+         units="auto", title="", held_out=None, retention=None, retention_label="cell_type", **settings):
     """Fine-tune adapters and a head on labelled cells. Also `Classifier.tune`.
 
     Parameters
@@ -241,6 +275,11 @@ def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_
         For the model card.
     held_out : dict, optional
         `Split.manifest()` of the split that set the test cells aside, for the record.
+    retention : anndata.AnnData, optional
+        Labelled cells of other tissues. The adapter is kept weaker if that forgets less of them and costs little, see
+        `scimlora.choice.choose_strength`.
+    retention_label : str
+        Their column of `obs`.
     **settings
         Fields of `TuneConfig`, such as `epochs=5`.
 
@@ -263,8 +302,9 @@ def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_
     names, donors = labels[rows], None if donors is None else donors[rows]
     classes = sorted(set(names))
     y = np.array([classes.index(n) for n in names])
+    others = (None, None) if retention is None else (align_cells(retention, base.genes), obs_column(retention.obs, retention_label))
     return Classifier(_tune(base, cells, y, names, classes, donors, config, preset, error, val_share, baselines, label, donor, notes + cells.notes, title,
-                            held_out))
+                            held_out, others))
 
 
 Classifier.tune = staticmethod(tune)

@@ -119,6 +119,8 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
          preset: Annotated[Optional[str], typer.Option("--preset", help="who answers: auto (chosen on held-out cells; the default), lora (the adapted encoder alone; the default of --recipe original), genes (the gene path alone)")] = None,
          min_cells: Annotated[int, typer.Option("--min-cells", min=1, help="leave out types with fewer cells")] = 1,
          baselines: Annotated[bool, typer.Option(help="fit the baselines that evaluate compares with")] = True,
+         retention: Annotated[Optional[Path], typer.Option("--retention", help="labelled cells of other tissues: the adapter is kept weaker if that forgets less of them and costs little")] = None,
+         retention_label: Annotated[str, typer.Option("--retention-label", help="their column with the labels")] = "cell_type",
          title: Annotated[str, typer.Option("--title", help="for the model card")] = "",
          r: Annotated[Optional[int], _option("r")] = None, alpha: Annotated[Optional[float], _option("alpha")] = None,
          dropout: Annotated[Optional[float], _option("dropout")] = None, lr: Annotated[Optional[float], _option("lr")] = None,
@@ -137,12 +139,13 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
     given = {k: v for k, v in given.items() if v is not None} | {"seed": seed} | _settings(other or [])
     config = TuneConfig.original(**given) if recipe == "original" else TuneConfig(**given)
     preset = preset or ("lora" if recipe == "original" else "auto")
+    others = {} if retention is None else dict(retention=read_cells(retention), retention_label=retention_label)
     clf = Classifier.tune(read_cells(train), label, donor, base, config, preset, min_cells, baselines=baselines, units=units, title=title,
-                          held_out=_held_out(train))
+                          held_out=_held_out(train), **others)
     m = clf.bundle.manifest
     m["command"] = " ".join(["scimlora", *sys.argv[1:]])
     clf.save(out)
-    _show_notes([*m["notes"], *m["validation"]["notes"], m["choice"]["why"]])
+    _show_notes([*m["notes"], *m["validation"]["notes"], m["choice"]["why"], *([m["choice"]["why_strength"]] if "why_strength" in m["choice"] else [])])
     print(f"{out}: {len(clf.classes_)} types, {m['training']['cells']:,} training cells, {m['parameters']['fraction']:.2%} of the parameters trained"
           + (f", macro-F1 on held-out cells {m['choice']['macro_f1']:.3f}" if m["choice"]["macro_f1"] is not None else ""))
 

@@ -75,7 +75,7 @@ def run_demo(out="runs/demo", seeds=(0, 1, 2), base="mini", say=print, **setting
     def tune_once(seed):
         say(f"fine-tuning, seed {seed}" + (", and fitting the baselines" if seed == seeds[0] else ""))
         return Classifier.tune(train, "cell_type", "library", base, seed=seed, baselines=seed == seeds[0], held_out=split.manifest(),
-                               title="Baron's pancreas (scimlora demo)", **settings)
+                               retention=pollen(), title="Baron's pancreas (scimlora demo)", **settings)
 
     clf, spread = repeat_seeds(tune_once, test, seeds)
     metrics, table, scored = clf.examine_cells(test)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'VARIANTS', 'TuneConfig', 'lora_targets', 'add_lora', 'set_train_mode', 'parameter_counts',
            'recalibrate_batchnorm', 'changed_names', 'tunable', 'Tuned', 'train_lora', 'check_adapter',
-           'adapter_deltas', 'adapted_layers']
+           'adapter_deltas', 'adapted_layers', 'can_weaken', 'weaken']
 
 # %% ../nbs/03_lora.ipynb #a085f87d
 import copy
@@ -610,3 +610,36 @@ def adapted_layers(encoder, config, tensors, strength=1.0):
     if lacking: raise InputError(f"{_TENSORS}: lacks {lacking[0]}; copy the bundle again")
     tuned.load_state_dict(state | {n: t if strength == 1 else torch.lerp(state[n], t, strength) for n, t in tensors.items()})
     return fold(tuned)
+
+# %% ../nbs/03_lora.ipynb #854c3bb4
+def can_weaken(config):
+    "Say whether an adapter of this configuration can be kept at a strength: not DoRA, whose correction is not linear, nor a head alone."
+    return config.get("scimlora_method", "lora") in ("lora", "bn", "full") and not config.get("use_dora")
+
+
+def weaken(encoder, config, tensors, strength):
+    """Keep an adapter at a strength.
+
+    Parameters
+    ----------
+    encoder : scimlora.base.Encoder
+        The base's.
+    config, tensors : dict
+        As `adapted_layers` takes them.
+    strength : float
+        Above 0, up to 1.
+
+    Returns
+    -------
+    config, tensors : dict
+        An adapter that is at full strength what the given one is at `strength`.
+
+    Raises
+    ------
+    InputError
+        If it is of a kind that cannot be.
+    """
+    if not can_weaken(config): raise InputError("this adapter cannot be kept at a strength: only LoRA without DoRA, bn and full can")
+    if "scimlora_method" not in config: return {**config, "lora_alpha": config["lora_alpha"] * strength}, tensors
+    state = encoder.state_dict()
+    return config, {n: torch.lerp(state[n], t, strength) for n, t in tensors.items()}

@@ -256,7 +256,7 @@ class Predictor:
     def _few(self, cells):
         "Which cells have far fewer genes than those that were taught: (n_cells,) bool, or one for all."
         if cells.panel is not None: return cells.panel
-        taught = self.bundle.manifest["training"].get("genes_measured", len(self.genes))
+        taught = self.bundle.manifest.get("training", {}).get("genes_measured", len(self.genes))
         return cells.measured is not None and cells.measured.sum() < min(FEW_GENES, taught / 2)
 
 # %% ../nbs/03c_predict.ipynb #d491323a

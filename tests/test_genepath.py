@@ -100,3 +100,20 @@ def test_an_encoder_that_guesses_is_not_heard(baron_cells):
     "No adapter, head at random, one step: the genes are far ahead on held-out cells."
     clf = Classifier.tune(baron_cells, "cell_type", epochs=1, steps=0, batch=1000, head_init="random", lr=1e-6, baselines=False)
     assert clf.bundle.calibration.encoder_weight == 0 and "genes answer alone" in clf.bundle.manifest["choice"]["why"]
+
+
+def test_an_adapter_that_forgets_is_kept_weaker(baron_cells, tmp_path):
+    "Trained with a step far too long, it loses other tissues; a quarter of it says the same of these cells."
+    from scimlora.examples import pollen
+
+    settings = dict(lr=0.02, baselines=False, seed=0)
+    whole = Classifier.tune(baron_cells, "cell_type", **settings)
+    kept = Classifier.tune(baron_cells, "cell_type", retention=pollen(), **settings)
+    c = kept.bundle.manifest["choice"]
+    curve = {r["strength"]: r for r in c["retention"]["curve"]}
+    assert 0 < c["strength"] < 1 and curve[c["strength"]]["kept"] > curve[1.0]["kept"] + 0.05
+    assert curve[c["strength"]]["macro_f1"] >= curve[1.0]["macro_f1"] - 0.005 and "instead of" in c["why_strength"]
+    assert kept.bundle.adapter_config["lora_alpha"] == pytest.approx(whole.bundle.adapter_config["lora_alpha"] * c["strength"])
+    back = Classifier.load(kept.save(tmp_path / "b"))
+    assert np.abs(back.predict_proba(baron_cells) - kept.predict_proba(baron_cells)).max() < 1e-5
+    assert "strength" not in whole.bundle.manifest["choice"], "nothing was measured, so nothing is claimed"
