@@ -121,11 +121,7 @@ def comparison_table(m):
     -------
     str
     """
-    t = comparison(m).rename_axis("method")
-    if paths := m.get("paths"):
-        t = t.rename(index={"lora": "bundle, paths joined"})
-        for k, v in paths.items(): t.loc[f"bundle, {k} alone"] = [v.get(c) for c in t.columns]
-    text = _md_table(t)
+    text = _md_table(comparison(m).rename_axis("method"))
     if (s := m.get("seeds")) and s["n"] > 1:
         text += (f"\n\n{'scimlora' if m.get('paths') else 'LoRA'} over {s['n']} seeds: macro-F1 {s['macro_f1_mean']:.3f} ± {s['macro_f1_sd']:.3f}, "
                  f"accuracy {s['accuracy_mean']:.3f} ± {s['accuracy_sd']:.3f} (the table holds the bundle's seed).")
@@ -301,7 +297,9 @@ def _efficiency(run, m, man):
     p, n, b = man["parameters"], len(man["labels"]), (m or {}).get("baselines", {})
     took = _baseline_seconds(run)
     f1 = lambda k: b.get(k, {}).get("macro_f1")
-    rows = [("LoRA: adapters and head", p["trainable"], (m or {}).get("macro_f1"), man["training"].get("seconds")),
+    paths, genes = (m or {}).get("paths", {}), man.get("genes")
+    rows = [("LoRA: adapters and head", p["trainable"], paths.get("lora", m or {}).get("macro_f1"), man["training"].get("seconds")),
+            *([("gene path: lines and mean profiles", genes * (3 * n + 2) + n, paths["gene_path"]["macro_f1"], None)] if "gene_path" in paths and genes else []),
             ("the head alone on the frozen base (`base_linear`)", p.get("head"), f1("base_linear"), took.get("base_linear")),
             ("logistic regression on genes (`logreg_genes`)", n * (man["genes"] + 1) if "genes" in man else None, f1("logreg_genes"), took.get("logreg_genes")),
             ("all parameters, as full fine-tuning would", p.get("total"), None, None)]
@@ -309,13 +307,13 @@ def _efficiency(run, m, man):
     t = pd.DataFrame([dict(trained=k, parameters=v, share_of_model=f"{v / total:.2%}" if v is not None and total else None, macro_f1=f, seconds=s) for k, v, f, s in rows])
     said = f"{p['trainable']:,} of {total:,} parameters were trained ({p['fraction']:.2%}): {p['adapter']:,} in the adapters, {p['head']:,} in the head." if total else ""
     return _join(said, _md_table(t.astype(object).set_index("trained").rename(columns=lambda c: c.replace("_", " "))),
-                 "Full fine-tuning was not run. Seconds include validation for LoRA, and the choice of settings by inner cross-validation for the others.")
+                 "Full fine-tuning was not run. Seconds of LoRA include the gene path and all that was fitted to check both; those of the others the choice of settings by inner cross-validation.")
 
 # %% ../nbs/05a_report.ipynb #8ab6f087
 def _calibration(run, m, cal):
     fitted = (f"Temperature {cal['temperature']:.2f}, fitted on {cal['cells']:,} validation cells ({cal['source']})." if cal["cells"]
               else "Nothing was calibrated, as there were no validation cells: confidences are no chances, and no cell is left unassigned.")
-    rows = {"lora": m, **m["baselines"]}
+    rows = {"scimlora" if m.get("paths") else "lora": m, **m.get("paths", {}), **m["baselines"]}
     t = pd.DataFrame({k: {"ece": v["ece"], "brier": v.get("brier"), "mean confidence": v.get("confidence"), "accuracy": v["accuracy"]} for k, v in rows.items()}).T
     a = m["assigned_accuracy"]
     unassigned = f"{m['unassigned']:.1%} of the test cells stay unassigned" + (f"; of the others {a:.1%} are right." if a is not None else ".")

@@ -200,4 +200,4 @@ def test_the_report_of_a_bundle_with_paths_and_without_baselines(run, cli, tmp_p
     assert cli("report", tmp_path / "run").code == 0
     text = (tmp_path / "run" / "Design_Analysis_Report.md").read_text(encoding="utf-8")
     assert "no baseline was fitted" in text and "--no-baselines" in text
-    assert re.search(r"bundle, lora alone \|.* 0\.123 ", text) and re.search(r"bundle, gene_path alone \|.* 0\.456 ", text)
+    assert re.search(r"\| lora \|.* 0\.123 ", text) and re.search(r"\| gene_path \|.* 0\.456 ", text)
