@@ -51,7 +51,7 @@ readme: install-dev  ## write README.md from nbs/index.ipynb
 	$(IN_ENV) python tools/make_readme.py
 
 colab: install-dev  ## run the Colab notebooks headless, with papermill
-	$(IN_ENV) python colab/run.py
+	$(IN_ENV) OMP_NUM_THREADS=1 python colab/run.py --workers 2
 
 ui: install-dev  ## open the page on http://localhost:8501
 	$(IN_ENV) streamlit run ui/src/streamlit_app.py

@@ -1,16 +1,18 @@
 """Run the numbered notebooks and then those of this folder, headless and in order, with papermill.
 
-    python colab/run.py [nbs/01_data.ipynb ...]      default: all of nbs/ that are numbered, then all of colab/
+    python colab/run.py [--workers 2] [nbs/01_data.ipynb ...]      default: all of nbs/ that are numbered, then all of colab/
 
 Works in Colab and without, with and without a network. A notebook whose parameters cell has a `folder` is given
 runs/colab/work, so that it finds what the ones before it left there. The executed notebooks stay in runs/colab/. The first
-failing cell stops the run.
+failing cell stops the run. Notebooks of nbs/ hand nothing over, so several workers may share them; those of colab/ come one by one.
 """
+import argparse
 import os
 import re
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -79,27 +81,50 @@ def run(path, out, work, cwd):
     except Exception as e: raise Stopped(f"{path.name}: {type(e).__name__}: {e}") from None
 
 
-def run_all(paths, out=OUT):
-    "Run notebooks one after the other, print the seconds of each, and return an exit code."
+def _timed(path, out):
+    "Run one notebook; returns its seconds, and what stopped it or ''."
+    start = time.time()
+    try: run(path, out, out / "work", path.parent if path.parent.name == "nbs" else ROOT)
+    except Stopped as e: return time.time() - start, str(e)
+    return time.time() - start, ""
+
+
+def _in_order(paths, out, workers):
+    "Yield notebooks with their seconds and what stopped them, in the order given."
+    together = [p for p in paths if p.parent.name == "nbs"] if workers > 1 else []
+    with ProcessPoolExecutor(workers) as pool:
+        running = [(p, pool.submit(_timed, p, out)) for p in together]
+        try:
+            for p, f in running: yield p, *f.result()
+        finally:
+            for _, f in running: f.cancel()
+    for p in paths:
+        if p not in together: yield p, *_timed(p, out)
+
+
+def run_all(paths, out=OUT, workers=1):
+    "Run notebooks in order, print the seconds of each, and return an exit code."
     # IN_TEST is nbdev's word for a run without a reader; progress bars are noise in a kept notebook.
     os.environ |= {"IN_TEST": "1", "SCIMLORA_PROGRESS": "0"}
-    begin, work = time.time(), out / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    for path in paths:
-        start = time.time()
-        try: run(path, out, work, path.parent if path.parent.name == "nbs" else ROOT)
-        except Stopped as e:
-            print(f"{e}\n\nstopped after {time.time() - start:.0f} s; the notebook as far as it came is {out / path.name}", flush=True)
+    begin = time.time()
+    shutil.rmtree(out / "work", ignore_errors=True)
+    for path, seconds, stopped in _in_order(paths, out, workers):
+        if stopped:
+            print(f"{stopped}\n\nstopped after {seconds:.0f} s; the notebook as far as it came is {out / path.name}", flush=True)
             return 1
-        print(f"{path.parent.name}/{path.name}: {time.time() - start:.0f} s", flush=True)
+        print(f"{path.parent.name}/{path.name}: {seconds:.0f} s", flush=True)
     print(f"{len(paths)} notebooks: {time.time() - begin:.0f} s, kept in {out}", flush=True)
     return 0
 
 
-def main(names):
-    paths = [Path(n).resolve() for n in names] or all_notebooks()
+def main(args):
+    parser = argparse.ArgumentParser(description="Run notebooks headless.")
+    parser.add_argument("--workers", type=int, default=1, help="notebooks of nbs/ at a time")
+    parser.add_argument("names", nargs="*")
+    args = parser.parse_args(args)
+    paths = [Path(n).resolve() for n in args.names] or all_notebooks()
     if missing := [str(p) for p in paths if not p.is_file()]: sys.exit(f"no such notebook: {', '.join(missing)}")
-    sys.exit(run_all(paths))
+    sys.exit(run_all(paths, workers=args.workers))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from .base import load_base
 from .bundle import SCHEMA, Bundle, save_bundle
 from .calibration import Calibration, class_centroids, fit_calibration
-from .choice import STRENGTHS, choose, choose_strength
+from .choice import STRENGTHS, check_preset, choose, choose_strength
 from .core import InputError, progress, versions
 from .data import NORMALISATION, align_cells, obs_column
 from .evaluation import evaluate, fit_baselines
@@ -292,6 +292,7 @@ def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_
     InputError
         If a column is missing, there is one class, a class of one cell, or the values cannot be used.
     """
+    check_preset(preset)
     config = replace(config or TuneConfig(), **settings)
     base = base if hasattr(base, "encoder") else load_base(base)
     labels = obs_column(adata.obs, label)

@@ -16,7 +16,7 @@ import markdown
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 
-from .bundle import Bundle, model_card
+from .bundle import Bundle, choices, model_card
 from .calibration import Calibration
 from .core import InputError, atomic_path, read_json
 from .evaluation import comparison
@@ -97,7 +97,8 @@ def _data(run, m, man):
     split, t = man.get("split") or {}, man["training"]
     held = ", ".join((split.get("groups") or {}).get("test", []))
     lines = [f"- Base `{man['base']['name']}`, frozen; {t['cells']:,} training cells of {len(man['labels'])} types"
-             + (f", {t['validation']:,} to validate on." if t.get("validation") else ".")]
+             + (f", {t['validation']:,} " + ("of them checked by fits without them." if man.get("validation", {}).get("folds") else "to validate on.") if t.get("validation") else "."),
+             *[f"- {c}" for c in choices(man)]]
     if "kind" in split: lines.append(f"- Split by {split['kind']}" + (f" (`{split['column']}`; test: {held})" if held else "") + ".")
     if i := t.get("input"): lines.append(f"- {i['genes_matched']:,} of the model's {i['genes_model']:,} genes are in the training file ({i['coverage']:.0%}); values: {i['values_kind']}.")
     lines += [f"- {n[0].upper() + n[1:]}." for n in split.get("notes", []) + man.get("notes", [])]

@@ -493,7 +493,7 @@ def test_an_output_of_the_wrong_kind(name, cli, folder, bundle_dir, cells_file):
 def test_an_output_inside_a_file(command, cli, folder, bundle_dir, cells_file):
     (folder / "file").write_text("I am a file", encoding="utf-8")
     files = [cells_file, "--label", "cell_type"] if command in ("tune", "prepare") else [bundle_dir, cells_file]
-    more = ["--epochs", 1, "--no-baselines"] if command == "tune" else []
+    more = ["--epochs", 1, "--set", "steps=0", "--no-baselines"] if command == "tune" else []
     one_line(cli(command, *files, *more, "--out", folder / "file" / ("out.csv" if command == "annotate" else "out")), "file")
     assert tree(folder) == {"file": b"I am a file"}
 
@@ -664,7 +664,7 @@ def test_labels_and_names_of_every_spelling(case, cli, baron_cells, tmp_path):
     a.obs_names = [f"{names[i % 3].strip()}-{i}" for i in range(a.n_obs)]
     path, bundle = tmp_path / "Zellen 细胞.h5ad", tmp_path / "Bündel α"
     a.write_h5ad(path)
-    ended = cli("tune", path, "--label", "Zelltyp ü", "--out", bundle, "--epochs", 1, "--no-baselines", "--title", names[0])
+    ended = cli("tune", path, "--label", "Zelltyp ü", "--out", bundle, "--epochs", 1, "--set", "steps=0", "--no-baselines", "--title", names[0])
     assert ended.code == 0, ended.err
     cli("annotate", bundle, path, "--out", tmp_path / "out.h5ad")
     b = ad.read_h5ad(tmp_path / "out.h5ad")
@@ -695,7 +695,7 @@ def test_labels_of_every_type(case, cli, baron_cells, tmp_path):
     codes = a.obs.cell_type.map({"alpha": 0, "beta": 1, "delta": 2}).astype(int).to_numpy()
     a.obs["type"] = values.iloc[codes].set_axis(a.obs_names)
     with ad.settings.override(allow_write_nullable_strings=True): a.write_h5ad(tmp_path / "cells.h5ad")
-    ended = cli("tune", tmp_path / "cells.h5ad", "--label", "type", "--out", tmp_path / "b", "--epochs", 1, "--no-baselines")
+    ended = cli("tune", tmp_path / "cells.h5ad", "--label", "type", "--out", tmp_path / "b", "--epochs", 1, "--set", "steps=0", "--no-baselines")
     assert ended.code == 0, ended.err
     assert (tmp_path / "b" / "label_classes.txt").read_text(encoding="utf-8").split() == classes
     table, _ = annotated(cli, tmp_path / "b", tmp_path / "cells.h5ad", tmp_path / "out.csv")
@@ -706,7 +706,7 @@ def test_some_labels_missing(cli, baron_cells, tmp_path):
     "Those cells are left out, and that is said."
     a = relabel(lambda i, t: None if i % 10 == 0 else "  " if i % 10 == 1 else t)(baron_cells.copy())
     a.write_h5ad(tmp_path / "cells.h5ad")
-    ended = cli("tune", tmp_path / "cells.h5ad", "--label", "cell_type", "--out", tmp_path / "b", "--epochs", 1, "--no-baselines")
+    ended = cli("tune", tmp_path / "cells.h5ad", "--label", "cell_type", "--out", tmp_path / "b", "--epochs", 1, "--set", "steps=0", "--no-baselines")
     assert ended.code == 0 and "note: 30 cells without a label were left out" in ended.err
     counts = read_json(tmp_path / "b" / "manifest.json")["training"]
     assert counts["cells"] == 120

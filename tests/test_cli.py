@@ -114,7 +114,7 @@ def test_tune_leaves_the_files_of_a_bundle(run):
 
 
 def test_tune_without_baselines(cells_file, tmp_path):
-    scimlora("tune", cells_file, "--label", "cell_type", "--out", tmp_path / "b", "--epochs", 1, "--no-baselines")
+    scimlora("tune", cells_file, "--label", "cell_type", "--out", tmp_path / "b", "--epochs", 1, "--set", "steps=0", "--no-baselines")
     assert {p.name for p in (tmp_path / "b").iterdir()} == BUNDLE
     assert list(tmp_path.iterdir()) == [tmp_path / "b"]
 

@@ -217,7 +217,7 @@ def test_training_changes_no_weight_and_no_file_of_the_base(baron_cells, tmp_pat
     base = Base.load("mini").save(tmp_path / "base")
     files, weights = files_of(base.path), {k: v.clone() for k, v in base.encoder.state_dict().items()}
     embedded = files_of(Base.load("mini").path)
-    clf = Classifier.tune(baron_cells, "cell_type", base=base, epochs=1, lr=0.01, baselines=True)
+    clf = Classifier.tune(baron_cells, "cell_type", base=base, epochs=1, steps=0, lr=0.01, baselines=True)
     clf.save(tmp_path / "bundle")
     after = base.encoder.state_dict()
     assert after.keys() == weights.keys()
@@ -292,7 +292,7 @@ def test_same_seed_same_result_other_seed_another(mini, training):
 
 def test_same_seed_same_bundle(baron_cells, other_cells):
     "From split to probabilities, the head's start included."
-    def run(seed): return Classifier.tune(baron_cells, "cell_type", "library", epochs=1, seed=seed, baselines=False).predict_proba(other_cells)
+    def run(seed): return Classifier.tune(baron_cells, "cell_type", "library", epochs=1, steps=0, seed=seed, baselines=False).predict_proba(other_cells)
 
     one, again, other = run(3), run(3), run(4)
     assert np.array_equal(one, again)
