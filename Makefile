@@ -8,7 +8,7 @@ IN_ENV = PATH="$$PWD/$(BIN):$$PATH"
 TORCH = 2.13.0
 DEPS = settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini bench-large benchmark-science benchmark-panels bench-unknown bench-fuzz constraints clean
+.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini bench-large benchmark-science benchmark-panels bench-unknown bench-settings bench-fuzz constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -78,6 +78,9 @@ benchmark-panels: install-dev  ## accuracy against the number of genes measured:
 
 bench-unknown: install-dev  ## scores for cells of an untaught kind: benchmarks/UNKNOWN.md
 	$(IN_ENV) SCIMLORA_PROGRESS=1 python benchmarks/unknown_cells.py
+
+bench-settings: install-dev  ## settings on held-out cells that no benchmark reports: benchmarks/SETTINGS.csv
+	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/settings.py $(ARGS)
 
 bench-fuzz: install-dev  ## 2,000 broken and malicious files: benchmarks/FUZZ.md
 	$(IN_ENV) python benchmarks/fuzz_files.py --n 2000 --seed 0

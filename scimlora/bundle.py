@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'FILES', 'Bundle', 'choices', 'model_card', 'check_target', 'save_bundle', 'bundle_path', 'load_bundle',
-           'base_of']
+           'remember_base', 'base_of']
 
 # %% ../nbs/03b_bundle.ipynb #7ebca0b0
 import json
@@ -20,11 +20,12 @@ from .base import BASES, load_base
 from .calibration import Calibration
 from .core import InputError, atomic_dir, check_output, read_json, write_json
 from .data import NORMALISATION
+from .examples import cache_dir
 from .genepath import GenePath
 from .lora import Head, check_adapter
 
 # %% ../nbs/03b_bundle.ipynb #3c7b9b04
-SCHEMA = 2  # 2 brought the class centroids of the base and the gene path
+SCHEMA = 3  # 2 brought the class centroids of the base and the gene path; in 3 the gene path reads the embedding too
 _CENTROIDS = ("centroids", "base_centroids")
 FILES = ("manifest.json", "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "label_classes.txt", "calibration.json")
 
@@ -238,8 +239,8 @@ def _genepath(path, classes):
     for k in names:
         if k not in t: raise InputError(f"{file}: lacks {k}; copy the bundle again")
         if not t[k].isfinite().all(): raise InputError(f"{file}: {k} holds NaN or infinite values; tune again")
-    n = len(t["prior"]) if t["prior"].ndim == 1 else 0
-    if [list(t[k].shape) for k in names] != [[n, len(classes)], [len(classes)], [n], [n], [n, len(classes)], [n, len(classes)], [6]]: raise InputError(f"{file}: its parts do not fit each other; copy the bundle again")
+    n, latent = len(t["prior"]) if t["prior"].ndim == 1 else 0, len(t["embedding"]) if t["embedding"].ndim else 0
+    if [list(t[k].shape) for k in names] != [[n, len(classes)], [latent, len(classes)], [len(classes)], [n], [n], [n, len(classes)], [n, len(classes)], [6]]: raise InputError(f"{file}: its parts do not fit each other; copy the bundle again")
     return GenePath(*(t[k].numpy() for k in names))
 
 # %% ../nbs/03b_bundle.ipynb #ec110252
@@ -274,6 +275,42 @@ def load_bundle(bundle):
 Bundle.load = staticmethod(load_bundle)
 Bundle.save = save_bundle
 
+# %% ../nbs/03b_bundle.ipynb #f1948809
+def _notebook(): return cache_dir() / "bases.json"
+
+
+def _noted():
+    "SHA-256 of an encoder → folder, of the bases that were used on this machine."
+    try: found = read_json(_notebook())
+    except InputError: return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remember_base(base):
+    """Note in the cache folder where a base lies, so that its bundles find it by its SHA-256.
+
+    The place is no part of a bundle: bundles travel, and paths tell about their makers.
+
+    Parameters
+    ----------
+    base : Base
+        Embedded bases, and those that were never saved, need no note.
+    """
+    if base.path is None or Path(base.path).parent == BASES or not base.sha256: return
+    place, sha = str(Path(base.path).resolve()), base.sha256["encoder.ckpt"]
+    if (noted := _noted()).get(sha) == place: return
+    try:
+        _notebook().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_notebook(), {**noted, sha: place})
+    except (OSError, InputError): pass  # a home that cannot be written costs a --base, not the job
+
+
+def _place_of(want):
+    "Where a manifest's base may lie: its name, if such a base is embedded or that folder is here, else what was noted."
+    noted = _noted().get(want["sha256"].get("encoder.ckpt"))
+    here = (BASES / want["name"]).is_dir() or Path(want["name"]).is_dir()
+    return want["name"] if here or not isinstance(noted, str) or not Path(noted).is_dir() else noted
+
 # %% ../nbs/03b_bundle.ipynb #856a79e8
 def base_of(bundle, base=None):
     """Open the base that a bundle belongs to, and check that it is the one.
@@ -282,7 +319,7 @@ def base_of(bundle, base=None):
     ----------
     bundle : Bundle
     base : str, Path or Base, optional
-        Where the base is now, if not where the manifest says.
+        Where the base is now; by default it is found by its name, or where a base with its SHA-256 was last used on this machine.
 
     Returns
     -------
@@ -294,7 +331,7 @@ def base_of(bundle, base=None):
         If it is not there, or is another one.
     """
     want = bundle.manifest["base"]
-    try: base = load_base(base or want["name"]) if not hasattr(base, "encoder") else base
+    try: base = load_base(base or _place_of(want)) if not hasattr(base, "encoder") else base
     except InputError as e:
         if base is not None: raise
         raise InputError(f"the bundle's base '{want['name']}' is not here ({e}); say where with --base DIR") from None
@@ -304,6 +341,9 @@ def base_of(bundle, base=None):
                              "give the right one with --base DIR")
     if bundle.genepath is not None and len(bundle.genepath.prior) != len(base.genes):
         raise InputError(f"genepath.safetensors: is of {len(bundle.genepath.prior):,} genes, the base has {len(base.genes):,}; copy the bundle again")
+    if bundle.genepath is not None and len(bundle.genepath.embedding) != base.latent:
+        raise InputError(f"genepath.safetensors: reads an embedding of {len(bundle.genepath.embedding)} numbers, the base gives {base.latent}; copy the bundle again")
     if bundle.head is not None and bundle.head.linear.in_features != base.latent:
         raise InputError(f"head.safetensors: reads {bundle.head.linear.in_features} numbers a cell, the base gives {base.latent}; copy the bundle again")
+    remember_base(base)
     return base

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from .base import load_base
-from .bundle import SCHEMA, Bundle, save_bundle
+from .bundle import SCHEMA, Bundle, remember_base, save_bundle
 from .calibration import Calibration, class_centroids, fit_calibration
 from .choice import STRENGTHS, check_preset, choose, choose_strength
 from .core import InputError, progress, versions
@@ -101,8 +101,9 @@ class _Fit:
 
 def _fit(base, cells, y, donors, classes, config, rows, held=(), val=None):
     "Train both paths on some rows; `val` rows choose the epoch."
-    tuned = train_lora(base, cells.X[rows], y[rows], len(classes), config, None if val is None else (cells.X[val], y[val]), None if donors is None else donors[rows])
     path = fit_genepath(base, cells.X[rows], y[rows], len(classes), cells.measured, seed=config.seed)
+    tuned = train_lora(base, cells.X[rows], y[rows], len(classes), config, None if val is None else (cells.X[val], y[val]), None if donors is None else donors[rows],
+                       path.proba(cells.X[rows], base.embed(cells.X[rows])))
     bare = dict(base=dict(name=base.name, sha256=base.sha256), training={})
     bundle = Bundle(bare, tuned.adapter_config, tuned.adapter, tuned.head, classes, Calibration(), None, None, path)
     bundle.base_centroids = class_centroids(y[rows], len(classes), base.embed(cells.X[rows]))[0]
@@ -122,8 +123,8 @@ def _held_out(fit, base, cells):
     n = len(fit.bundle.classes)
     if not len(fit.held): return [np.zeros((0, k)) for k in (n, n, 2)]
     p, c = Predictor(fit.bundle, base), cells[fit.held]
-    z = p.embed(c)
-    return (*p.paths(c, z), p.distances(c.X, z))
+    z, frozen = p.embeddings(c)
+    return (*p.paths(c, z, frozen), p.distances(z, frozen))
 
 
 def _said(fits, base, cells): return [np.concatenate(v) for v in zip(*(_held_out(f, base, cells) for f in fits))]
@@ -295,6 +296,7 @@ def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_
     check_preset(preset)
     config = replace(config or TuneConfig(), **settings)
     base = base if hasattr(base, "encoder") else load_base(base)
+    remember_base(base)
     labels = obs_column(adata.obs, label)
     donors = None if donor is None else obs_column(adata.obs, donor, "donor")
     rows, notes = _usable(labels, min_cells, label)

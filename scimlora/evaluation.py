@@ -319,7 +319,7 @@ def _against_baselines(y, p, predictor, X):
 
 def _paths(predictor, cells, p, y):
     "Scores of the adapted encoder and of the gene path, each by itself."
-    encoder, genes = predictor.paths(cells, p.embedding)
+    encoder, genes = predictor.paths(cells, p.embedding, predictor.base.embed(cells.X))
     if genes is None: return {}
     c = predictor.bundle.calibration
     return {n: score(y, softmax(v / t, axis=1), predictor.classes) for n, v, t in (("lora", encoder, c.encoder_temperature), ("gene_path", genes, c.gene_temperature))}

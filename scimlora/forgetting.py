@@ -110,12 +110,13 @@ def forgetting(predictor, X, labels, target=None, alphas=ALPHAS, n=2000, seed=0)
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:n])
     X, y = X[rows], np.asarray(labels, dtype=object)[rows].astype(str)
     (ref, query), zb, out = halves(y, seed), base.embed(X), []
+    frozen = None if target is None else base.embed(target[0].X)
     for a in alphas:
         layers = adapted_layers(base.encoder, b.adapter_config, b.adapter, a)
         z = run_layers(layers, X)
         row = dict(alpha=a, **probe(z, y, ref, query), cosine=float((z * zb).sum(1).mean()), neighbour_overlap=_overlap(zb, z))
         if target is not None:
-            proba = predictor.proba(target[0], run_layers(layers, target[0].X))
+            proba = predictor.proba(target[0], run_layers(layers, target[0].X), frozen)
             row["target_macro_f1"] = float(score(target[1], proba, b.classes)["macro_f1"])
         out.append(row)
     return pd.DataFrame(out)

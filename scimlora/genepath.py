@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.special import softmax
 
 from .calibration import fit_temperature
 from .core import InputError
@@ -76,6 +77,19 @@ def _line(P, y, n_classes, C):
     return W, bias - np.asarray(P.mean(0)).ravel() @ W
 
 
+def _spread(P):
+    "Mean squared distance of the rows of a sparse matrix to their mean."
+    mean = np.asarray(P.mean(0)).ravel()
+    return max(float(P.multiply(P).sum() / P.shape[0] - mean @ mean), 1e-12)
+
+
+def _features(P, z, share):
+    "Directions and embeddings side by side, and what each was multiplied with."
+    Z = sp.csr_matrix(z)
+    a, b = ((s / _spread(M)) ** 0.5 for s, M in ((1 - share, P), (share, Z)))
+    return sp.hstack([P * a, Z * b], "csr"), a, b
+
+
 _MOST = 4000  # cells of a line: their matrix of products has the square of it
 
 
@@ -89,6 +103,7 @@ def _draws(y, per, bags, rng):
 # %% ../nbs/03ab_genepath.ipynb #3d020e8b
 FEW_GENES = 200  # fewer genes are a panel and no whole cell
 _WHOLE = 0.9  # share of the mean squared direction in genes that are there
+_ANGLES = 0.25  # the angles' say beside the line where next to no gene is missing
 
 
 def class_profiles(X, y, n_classes):
@@ -138,8 +153,9 @@ def _likelihoods(X, level, there):
 # %% ../nbs/03ab_genepath.ipynb #80d4e481
 @dataclass
 class GenePath:
-    "Hold a line over the genes of a base, and the profiles of the classes."
+    "Hold a line over the genes and the embedding of a base, and the profiles of the classes."
     weight: np.ndarray  # (n_genes, n_classes) float32, on directions
+    embedding: np.ndarray  # (latent, n_classes) float32, on the frozen embedding
     bias: np.ndarray  # (n_classes,) float32
     square: np.ndarray  # (n_genes,) float32, mean squared direction of the training cells
     prior: np.ndarray  # (n_genes,) float32: weight of a gene; 0 where the training file did not have it
@@ -147,13 +163,15 @@ class GenePath:
     level: np.ndarray  # (n_genes, n_classes) float16, mean CP10K
     scale: np.ndarray  # (6,) float32: temperatures of the line and of the angles; of angles and likelihoods of n genes: exp(a + b log n)
 
-    def logits(self, X, measured=None, listed=None):
+    def logits(self, X, z, measured=None, listed=None):
         """Return logits of cells.
 
         Parameters
         ----------
         X : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
             log1p CP10K in the base's gene order.
+        z : numpy.ndarray, shape (n_cells, latent)
+            Their embeddings by the frozen base.
         measured : numpy.ndarray of bool, shape (n_genes,), or CSR matrix of shape (n_cells, n_genes), optional
             Genes that were looked for: in the file, or in each cell (an empty row: all). All by default, and all if they hold
             nine tenths of what the training cells were told by.
@@ -167,24 +185,32 @@ class GenePath:
         out, groups = np.empty((X.shape[0], len(self.bias))), {}
         if listed is not None and listed.any():
             out[listed] = self._listed(X[listed])
-            if not listed.all(): out[~listed] = self.logits(X[~listed], measured[~listed] if sp.issparse(measured) else measured)
+            if not listed.all(): out[~listed] = self.logits(X[~listed], z[~listed], measured[~listed] if sp.issparse(measured) else measured)
             return out
-        if not sp.issparse(measured): return self._logits(X, measured)
+        if not sp.issparse(measured): return self._logits(X, z, measured)
         for i in range(X.shape[0]): groups.setdefault(measured.indices[measured.indptr[i]:measured.indptr[i + 1]].tobytes(), []).append(i)
         for rows in groups.values():
             there = np.bincount(measured[rows[0]].indices, minlength=len(self.prior)) > 0
-            out[rows] = self._logits(X[rows], there if there.any() else None)
+            out[rows] = self._logits(X[rows], z[rows], there if there.any() else None)
         return out
+
+    def proba(self, X, z, measured=None, listed=None):
+        "Return the same as probabilities, shape (n_cells, n_classes)."
+        return softmax(self.logits(X, z, measured, listed), axis=1)
 
     def whole(self, measured):
         "Say whether a file that looked for these genes (a bool array, or None for all) lacks next to nothing."
         return measured is None or self.square[measured].sum() > _WHOLE * self.square.sum()
 
-    def _logits(self, X, measured):
-        if self.whole(measured):
-            line, angles = (directions(X, self.prior) @ M for M in (self.weight, _angles(self.profile, self.level, self.prior)))
-            return ((line + self.bias) / self.scale[0] + angles / self.scale[1]).astype(np.float64) / 2
-        return self._partial(X, measured)
+    def line(self, P, z):
+        "Return the line's logits, shape (n_cells, n_classes), of directions and embeddings; no temperature."
+        return P @ self.weight + z @ self.embedding + self.bias
+
+    def _logits(self, X, z, measured):
+        if not self.whole(measured): return self._partial(X, measured)
+        P = directions(X, self.prior)
+        angles = P @ _angles(self.profile, self.level, self.prior)
+        return ((1 - _ANGLES) * self.line(P, z) / self.scale[0] + _ANGLES * angles / self.scale[1]).astype(np.float64)
 
     def _tempered(self, n):
         "Temperatures of angles and likelihoods of n genes."
@@ -220,9 +246,10 @@ def _by_size(temperatures):
     return np.polyfit(n, t, 1)[::-1] if len(set(n)) > 1 else (t.mean(), 0.0)
 
 
-def _scales(path, X, y, rng):
+def _scales(path, X, z, y, rng):
     "Temperatures of a path's parts, from held-out cells."
-    line, angles = directions(X, path.prior) @ path.weight + path.bias, directions(X, path.prior) @ _angles(path.profile, path.level, path.prior)
+    P = directions(X, path.prior)
+    line, angles = path.line(P, z), P @ _angles(path.profile, path.level, path.prior)
     genes, drawn = np.flatnonzero(path.square), []
     for size in [s for s in _SIZES if s <= len(genes) // 2] or [max(1, len(genes) // 2)]:
         there = np.zeros(len(path.prior), bool)
@@ -235,15 +262,16 @@ def _scales(path, X, y, rng):
     return np.array([fit_temperature(line, y), fit_temperature(angles, y), *_by_size(drawn[:, [0, 1]]), *_by_size(drawn[:, [0, 2]])], np.float32)
 
 # %% ../nbs/03ab_genepath.ipynb #6bf94f8c
-def _fitted(P, X, y, n_classes, prior, C, per, bags, seed):
+def _fitted(P, X, z, y, n_classes, prior, share, C, per, bags, seed):
     "A path without temperatures."
-    lines = [_line(P[rows], y[rows], n_classes, C) for rows in _draws(y, per, bags, np.random.default_rng(seed))]
-    W, b = (np.mean([line[i] for line in lines], axis=0).astype(np.float32) for i in (0, 1))
-    square = np.asarray(P.multiply(P).mean(0), np.float32).ravel()
-    return GenePath(W, b, square, prior.astype(np.float32), *class_profiles(X, y, n_classes), np.ones(6, np.float32))
+    F, a, b = _features(P, z, share)
+    lines = [_line(F[rows], y[rows], n_classes, C) for rows in _draws(y, per, bags, np.random.default_rng(seed))]
+    W, bias = (np.mean([line[i] for line in lines], axis=0).astype(np.float32) for i in (0, 1))
+    square, n = np.asarray(P.multiply(P).mean(0), np.float32).ravel(), P.shape[1]
+    return GenePath(W[:n] * np.float32(a), W[n:] * np.float32(b), bias, square, prior.astype(np.float32), *class_profiles(X, y, n_classes), np.ones(6, np.float32))
 
 
-def fit_genepath(base, X, y, n_classes, measured=None, C=30.0, power=1.5, per=(25, 50), bags=16, seed=0):
+def fit_genepath(base, X, y, n_classes, measured=None, share=0.35, C=30.0, power=1.5, per=(25, 50), bags=16, seed=0):
     """Fit the gene path.
 
     Parameters
@@ -256,6 +284,8 @@ def fit_genepath(base, X, y, n_classes, measured=None, C=30.0, power=1.5, per=(2
     n_classes : int
     measured : numpy.ndarray of bool, shape (n_genes,), optional
         Genes that the training file has; all by default.
+    share : float
+        Of the embedding in the spread of the line's features, 0 to below 1.
     C : float
         Inverse strength of the line's penalty.
     power : float
@@ -276,11 +306,11 @@ def fit_genepath(base, X, y, n_classes, measured=None, C=30.0, power=1.5, per=(2
         If no cell has counts.
     """
     prior = gene_weights(base, power) * (1 if measured is None else measured)
-    P, rng, scales = directions(X, prior), np.random.default_rng(seed), []
+    P, z, rng, scales = directions(X, prior), base.embed(X), np.random.default_rng(seed), []
     if not P.nnz: raise InputError("no cell has any counts in the model's genes; the values are all zero")
-    fit = lambda rows: _fitted(P[rows], X[rows], y[rows], n_classes, prior, C, per, bags, seed)
+    fit = lambda rows: _fitted(P[rows], X[rows], z[rows], y[rows], n_classes, prior, share, C, per, bags, seed)
     parts = folds(y, seed=seed)
-    for train, held in parts if len(y) <= _MANY else parts[:1]: scales.append((len(held), _scales(fit(train), X[held], y[held], rng)))
+    for train, held in parts if len(y) <= _MANY else parts[:1]: scales.append((len(held), _scales(fit(train), X[held], z[held], y[held], rng)))
     path = fit(np.arange(len(y)))
     if scales: path.scale = np.average([v for _, v in scales], axis=0, weights=[n for n, _ in scales]).astype(np.float32)
     return path

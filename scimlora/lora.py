@@ -47,6 +47,7 @@ class TuneConfig:
     alpha: float = _setting(8, "strength of the adapters; the correction is scaled by alpha / r (rslora: by alpha / √r)")
     dropout: float = _setting(0.0, "dropout on the adapters' input, 0 to 1")
     lr: float | None = _setting(None, "learning rate of AdamW; by default 2e-3, and 1e-4 for full, where more ruins the base")
+    a_rate: float = _setting(0.1, "learning rate of the first layer's A over the rest; at 1 every rare gene moves as far as a marker")
     lora_plus: float = _setting(1.0, "learning rate of the adapters' B over that of A (LoRA+); 1 is off")
     schedule: str = _setting("constant", "learning rate over the steps: constant, or cosine (down to 0 after a short rise)")
     weight_decay: float = _setting(0.01, "weight decay of AdamW")
@@ -60,6 +61,7 @@ class TuneConfig:
     head: str = _setting("linear", "linear, or cosine with a learned scale")
     head_init: str = _setting("logreg", "where the head begins: logreg (on the frozen embedding), centroids or random")
     loss: str = _setting("ce", "of the classes: ce (cross-entropy), balanced or logit-adjusted")
+    teach: float = _setting(0.5, "share of the loss that asks for the gene path's answer instead of the label, 0 to 1")
     supcon: float = _setting(0.0, "weight of the supervised contrastive term; 0 is off")
     triplet: float = _setting(0.0, "weight of SCimilarity's triplet term; 0 is off")
     reconstruction: float = _setting(0.0, "weight of SCimilarity's reconstruction term; 0 is off")
@@ -80,10 +82,10 @@ class TuneConfig:
         for name in ("r", "batch", "epochs"): yield name, getattr(self, name) >= 1, "at least 1"
         for name in ("steps", "patience", "seed"): yield name, getattr(self, name) >= 0, "0 or more"
         for name in ("weight_decay", "supcon", "triplet", "reconstruction", "distill"): yield name, 0 <= getattr(self, name) < 1e6, "0 or more"
-        for name in ("alpha", "lora_plus"): yield name, 0 < getattr(self, name) < 1e6, "above 0 and finite"
+        for name in ("alpha", "lora_plus", "a_rate"): yield name, 0 < getattr(self, name) < 1e6, "above 0 and finite"
         yield "dropout", 0 <= self.dropout < 1, "0 or more, below 1"
         yield "lr", self.lr is None or 0 < self.lr < 1, "between 0 and 1"
-        yield "balance", 0 <= self.balance <= 1, "0 to 1"
+        for name in ("balance", "teach"): yield name, 0 <= getattr(self, name) <= 1, "0 to 1"
         yield "mask_genes", 0 <= self.mask_genes <= 0.9, "0 to 0.9"
 
     @property
@@ -94,7 +96,7 @@ class TuneConfig:
     @classmethod
     def original(cls, **kw):
         "Return the owner's recipe: r 8, alpha 16, dropout 0.05, lr 1e-4, batch 64, 20 epochs, AdamW."
-        recipe = dict(r=8, alpha=16, dropout=0.05, lr=1e-4, epochs=20, steps=0, head_init="random", keep_best=False)
+        recipe = dict(r=8, alpha=16, dropout=0.05, lr=1e-4, epochs=20, steps=0, head_init="random", keep_best=False, a_rate=1.0, teach=0.0)
         return cls(**{**recipe, **kw})
 
 # %% ../nbs/03_lora.ipynb #47af61af
@@ -282,8 +284,9 @@ def _score(model, head, X, y):
 class _Task:
     "The training cells, drawn in batches, and what is asked of them."
 
-    def __init__(self, base, X, y, n_classes, config, donors):
+    def __init__(self, base, X, y, n_classes, config, donors, teacher):
         self.X, self.y, self.config, self.rng = X, y, config, np.random.default_rng(config.seed)
+        self.teacher = torch.as_tensor(np.asarray(teacher), dtype=torch.float32) if teacher is not None and config.teach else None
         self.share = torch.bincount(y, minlength=n_classes) / len(y)
         self.weights = sampling_weights(y.numpy(), config.balance) if config.balance else None
         self.donors = None if donors is None else torch.from_numpy(np.unique(np.asarray(donors, dtype=str), return_inverse=True)[1].reshape(-1))
@@ -304,7 +307,8 @@ class _Task:
         "Loss of a batch."
         c, y, whole = self.config, self.y[rows], _dense(self.X, rows)
         z = model(mask_genes(whole, c.mask_genes))
-        out = class_loss(head(z), y, self.share, c.loss)
+        out = class_loss(logits := head(z), y, self.share, c.loss)
+        if self.teacher is not None: out = torch.lerp(out, F.kl_div(logits.log_softmax(1), self.teacher[rows], reduction="batchmean"), c.teach)
         if c.supcon: out = out + c.supcon * supervised_contrast(z, y)
         if c.triplet: out = out + c.triplet * donor_triplet(z, y, None if self.donors is None else self.donors[rows])
         if c.reconstruction: out = out + c.reconstruction * F.mse_loss(self.decoder(z), whole)
@@ -313,10 +317,12 @@ class _Task:
 
 # %% ../nbs/03_lora.ipynb #9d608389
 def _optimizer(model, head, task):
-    "AdamW and its schedule; B of an adapter at its own rate, and no decay towards zero for what a base has learned."
+    "AdamW and its schedule; B of an adapter and A of the genes at rates of their own, no decay towards zero for what a base has learned."
     c, named = task.config, [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     decay = 0.0 if c.method in ("bn", "full") else c.weight_decay
-    groups = [dict(params=[p for n, p in named if "lora_B" not in n], weight_decay=decay),
+    slow = lambda n: "lora_A" in n and "network.0." in n
+    groups = [dict(params=[p for n, p in named if "lora_B" not in n and not slow(n)], weight_decay=decay),
+              dict(params=[p for n, p in named if slow(n)], lr=c.rate * c.a_rate),
               dict(params=[p for n, p in named if "lora_B" in n], lr=c.rate * c.lora_plus),
               dict(params=[*head.parameters(), *(task.decoder.parameters() if task.decoder else ())], lr=c.rate if c.method != "full" else _RATES["lora"])]
     opt = torch.optim.AdamW([g for g in groups if g["params"]], lr=c.rate, weight_decay=c.weight_decay)
@@ -414,7 +420,7 @@ def _head(model, base, X, y, n_classes, config):
     return make_head(kind, base.latent, n_classes, init, z, y.numpy())
 
 # %% ../nbs/03_lora.ipynb #01841b30
-def train_lora(base, X, y, n_classes, config=None, val=None, donors=None):
+def train_lora(base, X, y, n_classes, config=None, val=None, donors=None, teacher=None):
     """Fine-tune an encoder by the method of the settings, and a head with it.
 
     Parameters
@@ -433,6 +439,8 @@ def train_lora(base, X, y, n_classes, config=None, val=None, donors=None):
         Held-out cells, best of other donors, that choose the epoch and end the training.
     donors : sequence, length n_cells, optional
         Donor of each training cell, for the triplet term.
+    teacher : numpy.ndarray, shape (n_cells, n_classes), optional
+        What somebody else says of the training cells, as probabilities: the gene path, for `teach`. Without one, labels alone count.
 
     Returns
     -------
@@ -446,7 +454,7 @@ def train_lora(base, X, y, n_classes, config=None, val=None, donors=None):
     model = tunable(base.encoder, config, X)
     head, start, best = _head(model, base, X, y, n_classes, config), copy.deepcopy(model) if config.variant == "pissa" else None, _Best()
     if config.method in ("linear", "prototype"): history = [_untrained(model, head, X, y, val)]
-    else: history = _fit(model, head, _Task(base, X, y, n_classes, config, donors), val, best)
+    else: history = _fit(model, head, _Task(base, X, y, n_classes, config, donors, teacher), val, best)
     if best.state is not None and config.keep_best: best.restore(model, head)
     counts = parameter_counts(model, head)
     adapter_config, adapter, model = _saved(model, start, base, config)

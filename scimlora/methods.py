@@ -69,8 +69,11 @@ def fit_method(name, base, X, y, n_classes, config=None, val=None, donors=None):
         If there is no such method.
     """
     config = config or TuneConfig()
-    if name in TUNED: return _tuned(name, base, train_lora(base, X, y, n_classes, replace(config, **TUNED[name]), val, donors))
-    if name == "gene path": return Fitted(name, fit_genepath(base, X, y, n_classes, seed=config.seed).logits)
+    path = fit_genepath(base, X, y, n_classes, seed=config.seed) if name in TUNED and config.teach or name == "gene path" else None
+    if name in TUNED:
+        teacher = path.proba(X, base.embed(X)) if path else None
+        return _tuned(name, base, train_lora(base, X, y, n_classes, replace(config, **TUNED[name]), val, donors, teacher))
+    if name == "gene path": return Fitted(name, lambda Z: path.logits(Z, base.embed(Z)))
     if name not in BESIDE: raise InputError(f"no method '{name}'; choose one of: {', '.join([*TUNED, 'gene path', *BESIDE])}")
     key = BESIDE[name]
     tensors, info = fit_baselines(base, X, y, list(range(n_classes)), donors, config.seed, [key])

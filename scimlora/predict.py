@@ -176,14 +176,29 @@ class Predictor:
         if sp.issparse(cells): return Cells(sp.csr_matrix(cells, dtype=np.float32), None, self.genes)
         return align_cells(cells, self.genes, units)
 
-    def paths(self, cells, z):
+    def embeddings(self, cells):
+        """Embed cells with the adapter and without it.
+
+        Parameters
+        ----------
+        cells : Cells
+
+        Returns
+        -------
+        z, frozen : numpy.ndarray of float32, shape (n_cells, latent)
+            Of the adapted encoder and of the base; one and the same where nothing was adapted.
+        """
+        z = run_layers(self.layers, cells.X)
+        return z, self.base.embed(cells.X) if self.bundle.adapter_config else z
+
+    def paths(self, cells, z, frozen):
         """Return uncalibrated logits of both paths.
 
         Parameters
         ----------
         cells : Cells
-        z : numpy.ndarray, shape (n_cells, latent)
-            Their adapted embeddings.
+        z, frozen : numpy.ndarray, shape (n_cells, latent)
+            What `embeddings` gives of them.
 
         Returns
         -------
@@ -193,14 +208,14 @@ class Predictor:
             Of the gene path, if the bundle has one.
         """
         path = self.bundle.genepath
-        return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b, None if path is None else path.logits(cells.X, cells.measured, self._listed(cells))
+        return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b, None if path is None else path.logits(cells.X, frozen, cells.measured, self._listed(cells))
 
-    def proba(self, cells, z):
-        "Return calibrated probabilities, shape (n_cells, n_classes), of cells and their adapted embeddings."
+    def proba(self, cells, z, frozen):
+        "Return calibrated probabilities, shape (n_cells, n_classes), of cells and their `embeddings`."
         path, m = self.bundle.genepath, cells.measured
         if path is None: whole = True
         else: whole = np.array([path.whole(r.indices if r.nnz else None) for r in m]) & ~self._listed(cells) if sp.issparse(m) else path.whole(m)
-        return self.bundle.calibration.proba(*self.paths(cells, z), whole)
+        return self.bundle.calibration.proba(*self.paths(cells, z, frozen), whole)
 
     def predict(self, cells, units="auto"):
         """Predict labels, probabilities and whether to believe them.
@@ -217,31 +232,29 @@ class Predictor:
         Predictions
         """
         cells = self._aligned(cells, units)
-        z = run_layers(self.layers, cells.X)
-        proba = self.proba(cells, z)
-        return Predictions(self.classes, proba, z, self._reasons(cells, z, proba))
+        z, frozen = self.embeddings(cells)
+        proba = self.proba(cells, z, frozen)
+        return Predictions(self.classes, proba, z, self._reasons(cells, z, frozen, proba))
 
-    def distances(self, X, z):
+    def distances(self, z, frozen):
         """Return cosine distances to the nearest class centroid, in the adapted and in the base's embedding.
 
         Parameters
         ----------
-        X : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
-            log1p CP10K in the base's gene order.
-        z : numpy.ndarray, shape (n_cells, latent)
-            Their adapted embeddings.
+        z, frozen : numpy.ndarray, shape (n_cells, latent)
+            What `embeddings` gives.
 
         Returns
         -------
         numpy.ndarray, shape (n_cells, 2)
         """
-        return np.stack([centroid_distance(z, self.bundle.centroids), centroid_distance(self.base.embed(X), self.bundle.base_centroids)], axis=1)
+        return np.stack([centroid_distance(z, self.bundle.centroids), centroid_distance(frozen, self.bundle.base_centroids)], axis=1)
 
-    def _reasons(self, cells, z, proba):
+    def _reasons(self, cells, z, frozen, proba):
         cal, reason = self.bundle.calibration, np.full(len(z), "", dtype=object)
         reason[proba.max(1) < cal.min_confidence] = f"confidence below {cal.min_confidence:.2f}"
         if cal.cells:
-            d = self.distances(cells.X, z)
+            d = self.distances(z, frozen)
             strange = cal.unlike(d) > cal.max_unlike
             # A handful of genes lies far from whole cells whatever it is, but not at a right angle to what it is of.
             strange = np.where(self._few(cells), d[:, 0] > _PANEL_DISTANCE, strange)

@@ -66,8 +66,7 @@ def test_a_whole_cell_may_leave_out_its_zeros(classifier, other_cells):
 
 def test_the_joined_answer_is_what_calibration_says(classifier, other_cells):
     p, cells = classifier.predictor, align_cells(other_cells, classifier.predictor.genes)
-    z = p.embed(cells)
-    encoder, genes = p.paths(cells, z)
+    encoder, genes = p.paths(cells, *p.embeddings(cells))
     c = p.bundle.calibration
     assert c.encoder_weight == p.bundle.manifest["choice"]["encoder_weight"] == 0.2, "this encoder is no worse than the genes"
     by_hand = softmax(encoder / c.encoder_temperature, axis=1) ** c.encoder_weight * softmax(genes / c.gene_temperature, axis=1) ** (1 - c.encoder_weight)
@@ -99,14 +98,14 @@ def test_few_cells_all_train_and_all_are_checked(baron_cells):
 def test_an_encoder_that_guesses_is_not_heard(baron_cells):
     "No adapter, head at random, one step: the genes are far ahead on held-out cells."
     clf = Classifier.tune(baron_cells, "cell_type", epochs=1, steps=0, batch=1000, head_init="random", lr=1e-6, baselines=False)
-    assert clf.bundle.calibration.encoder_weight == 0 and "genes answer alone" in clf.bundle.manifest["choice"]["why"]
+    assert clf.bundle.calibration.encoder_weight == 0 and "gene path answers alone" in clf.bundle.manifest["choice"]["why"]
 
 
 def test_an_adapter_that_forgets_is_kept_weaker(baron_cells, tmp_path):
     "Trained with a step far too long, it loses other tissues; a quarter of it says the same of these cells."
     from scimlora.examples import pollen
 
-    settings = dict(lr=0.02, baselines=False, seed=0)
+    settings = dict(lr=0.02, a_rate=1.0, teach=0.0, baselines=False, seed=0)
     whole = Classifier.tune(baron_cells, "cell_type", **settings)
     kept = Classifier.tune(baron_cells, "cell_type", retention=pollen(), **settings)
     c = kept.bundle.manifest["choice"]

@@ -159,9 +159,13 @@ def lora(d):
 def gene_path(d):
     base, y, n = d.task.base, d.y, len(d.task.classes)
     X, seen, out = d.on(base.genes), d.task.train.measured(base.genes), np.zeros((len(y), n))
-    for a, b in folds(y, None): out[b] = fit_genepath(base, X[a], y[a], n, seen, seed=d.seed).logits(X[b])
+    for a, b in folds(y, None): out[b] = fit_genepath(base, X[a], y[a], n, seen, seed=d.seed).logits(X[b], base.embed(X[b]))
     t, m = fit_temperature(out, y), fit_genepath(base, X, y, n, seen, seed=d.seed)
-    return lambda cells: softmax(m.logits(cells.on(base.genes), cells.measured(base.genes)) / t, axis=1), with_base(base, m.weight.size + n)
+
+    def predict(cells):
+        Z = cells.on(base.genes)
+        return softmax(m.logits(Z, base.embed(Z), cells.measured(base.genes)) / t, axis=1)
+    return predict, with_base(base, m.weight.size + m.embedding.size + n)
 
 
 def product(d):
