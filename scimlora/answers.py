@@ -10,7 +10,6 @@ __all__ = ['Value', 'Units', 'MAX_GENES', 'MAX_CELLS', 'EXAMPLE', 'describe', 'a
 import json
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from .core import InputError

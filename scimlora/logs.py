@@ -9,7 +9,6 @@ __all__ = ['Metrics', 'log_line', 'RequestLog']
 import json
 import os
 import re
-import sys
 import time
 import traceback
 import uuid

@@ -6,7 +6,6 @@
 __all__ = ['ModelName', 'Settings', 'settings_of', 'Service', 'Problem', 'read_json', 'held_form', 'create_app']
 
 # %% ../nbs/06_serve.ipynb #45b7f16e
-import asyncio
 import contextlib
 import json
 import sys
@@ -365,6 +364,8 @@ def create_app(bundle, base=None, settings=None, more=None, **given):
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
+        # The first answer builds tables; nobody should have to wait for that.
+        await service.batcher.call(answer, predictor, [{predictor.genes[0]: 1}])
         yield
         await service.batcher.close()
 
