@@ -186,10 +186,10 @@ def _about(app, service):
         service.know(request, model)
         return await service.batcher.call(service.models.get, model)
 
-    @app.get("/classes", summary="The labels it knows", responses=_LIGHT | {404: _HEAVY[404]})
+    @app.get("/classes", summary="The labels it knows", responses=_LIGHT | {k: _HEAVY[k] for k in (404, 422)})
     async def classes(request: Request, model: ModelName = None): return {"classes": (await opened(request, model)).classes}
 
-    @app.get("/model", summary="The bundle's manifest and calibration", responses=_LIGHT | {404: _HEAVY[404]})
+    @app.get("/model", summary="The bundle's manifest and calibration", responses=_LIGHT | {k: _HEAVY[k] for k in (404, 422)})
     async def model(request: Request, model: ModelName = None):
         p = await opened(request, model)
         return {**p.bundle.manifest, "calibration": p.bundle.calibration.to_dict(), "genes": len(p.genes)}

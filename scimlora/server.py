@@ -94,16 +94,16 @@ class _Server(uvicorn.Server):
         until = time.monotonic() + self._seconds
         while self.server_state.connections and time.monotonic() < until: await asyncio.sleep(0.01)
         await super().shutdown(sockets)
+        self._captured_signals.clear()  # uvicorn would raise them again, and nothing after this would be done
 
     async def _take(self, listener):
-        "Take the connections that wait at a listener, then close it."
-        c, loop = self.config, asyncio.get_running_loop()
+        "Take the connections that wait at a listener and close it, with nothing in between that would let more come."
+        c, loop, waiting = self.config, asyncio.get_running_loop(), []
         listener.setblocking(False)
         with listener, contextlib.suppress(BlockingIOError, OSError):
-            while True:
-                connection = listener.accept()[0]
-                make = lambda: c.http_protocol_class(config=c, server_state=self.server_state, app_state=self.lifespan.state)
-                await loop.connect_accepted_socket(make, connection)
+            while True: waiting.append(listener.accept()[0])
+        make = lambda: c.http_protocol_class(config=c, server_state=self.server_state, app_state=self.lifespan.state)
+        for connection in waiting: await loop.connect_accepted_socket(make, connection)
 
 
 def listen(host, port):
@@ -144,16 +144,16 @@ def run_app(app, sock, header_seconds=10.0, ending_seconds=0.5, connections=4096
     def ending():
         if service is not None: service.ending = True
 
-    # uvicorn would log tracebacks; the app logs what fails in it, in one line.
+    # uvicorn would log tracebacks; the app logs what fails in it, in one line. It would also believe X-Forwarded-For from this machine.
     config = uvicorn.Config(app, http=deadline_protocol(header_seconds), log_level="critical", access_log=False, server_header=False, ws="none",
-                            limit_concurrency=connections, backlog=2048, timeout_keep_alive=30, lifespan="on" if service is not None else "off")
+                            proxy_headers=False, limit_concurrency=connections, backlog=2048, timeout_keep_alive=30, lifespan="on" if service is not None else "off")
     _Server(config, ending, ending_seconds).run(sockets=[sock])
 
 # %% ../nbs/06a_server.ipynb #93a9b64b
 class _Workers:
     "Fork workers and replace those that die."
 
-    def __init__(self, work, n): self._work, self.n, self._started, self._ending, self._quick = work, n, {}, False, 0
+    def __init__(self, work, n, sock): self._work, self.n, self._sock, self._started, self._ending, self._quick = work, n, sock, {}, False, 0
 
     def run(self):
         "Return when all workers have ended after a signal."
@@ -186,6 +186,7 @@ class _Workers:
 
     def _end(self, *_):
         self._ending = True
+        self._sock.close()  # while one process holds it, the kernel accepts connections that nobody will take
         for pid in self._started:
             with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGTERM)
 
@@ -202,7 +203,7 @@ def run_workers(app, sock, n, **how):
     **how
         As for `run_app`.
     """
-    _Workers(lambda: run_app(app, sock, **how), n).run()
+    _Workers(lambda: run_app(app, sock, **how), n, sock).run()
 
 
 def _count_together():
@@ -213,7 +214,7 @@ def _count_together():
     return folder
 
 # %% ../nbs/06a_server.ipynb #02f19915
-def serve(bundle, base=None, more=None, say=print, beside=None, **given):
+def serve(bundle, base=None, more=None, say=print, beside=None, make=create_app, **given):
     """Serve bundles until the process is told to end.
 
     Parameters
@@ -224,6 +225,8 @@ def serve(bundle, base=None, more=None, say=print, beside=None, **given):
         Told where the service is, in one line.
     beside : callable, optional
         Called with the settings and the port; returns a context that is open while the service runs, such as a tunnel.
+    make : callable
+        Builds the app, as `scimlora.serve.create_app` does.
     **given
         Single settings.
 
@@ -239,7 +242,7 @@ def serve(bundle, base=None, more=None, say=print, beside=None, **given):
     how = dict(header_seconds=s.header_seconds, ending_seconds=s.ending_seconds, connections=s.connections)
     with contextlib.ExitStack() as open_while:
         if s.workers > 1: open_while.enter_context(_count_together())
-        app = create_app(bundle, base, s, more)
+        app = make(bundle, base, settings=s, more=more)
         sock = open_while.enter_context(listen(s.host, s.port))
         port = sock.getsockname()[1]
         say(f"serving {', '.join(app.state.service.models.names)} on http://{s.host}:{port}" + (" (documentation at /docs)" if s.docs else ""))
