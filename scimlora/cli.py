@@ -24,7 +24,7 @@ from .core import InputError, ScimloraError, check_output
 app = typer.Typer(help="Teach SCimilarity your own atlas: LoRA adapters on a frozen single-cell foundation model.",
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-BundleArg = Annotated[str, typer.Argument(help="folder that `scimlora tune` wrote, or a base with labels of its own, such as mini", metavar="BUNDLE")]
+BundleArg = Annotated[str, typer.Argument(help="folder that `scimlora tune` wrote, or blood, which the package brings, or a base with labels of its own, such as mini", metavar="BUNDLE")]
 LabelOpt = Annotated[str, typer.Option("--label", help="column of obs with the cell types")]
 BaseOpt = Annotated[Optional[str], typer.Option("--base", help="where the bundle's base is, if not where it was made")]
 UnitsOpt = Annotated[str, typer.Option("--units", help="what the values are: auto, counts, cpm or log1p_cp10k")]
