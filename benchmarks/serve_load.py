@@ -64,7 +64,7 @@ class Service:
 
     def __init__(self, bundle, workers):
         with socket.create_server(("127.0.0.1", 0)) as s: self.port = s.getsockname()[1]
-        command = [sys.executable, "-c", "from scimlora.cli import main; main()", "serve", str(bundle), "--port", str(self.port), "--workers", str(workers)]
+        command = [sys.executable, "-c", "from scimlora.cli import main; main()", "serve", str(bundle), "--base", str(Path(bundle).parent / "base"), "--port", str(self.port), "--workers", str(workers)]
         start = time.perf_counter()
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
         while True:
@@ -117,7 +117,7 @@ def bundle_megabytes(bundle):
     "MB that one more bundle takes beside its base."
     from scimlora.models import Models
 
-    return Models({"one": bundle}).loaded["one"] / 1e6
+    return Models({"one": bundle}, bundle.parent / "base").loaded["one"] / 1e6
 
 
 def main():

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -146,6 +147,16 @@ def test_units_are_echoed_and_never_applied_twice(service):
     logged = {g: float(np.log1p(v * 10)) for g, v in counts.items()}
     a, b = (service.client.post("/predict", json={"expression": e, "units": u}).json() for e, u in ((counts, "counts"), (logged, "log1p_cp10k")))
     assert (a["units"], b["units"]) == ("counts", "log1p_cp10k") and a["confidence"] == pytest.approx(b["confidence"], abs=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_readmes_curl_lines(service):
+    "As a reader types them, but for the port."
+    lines = [line for line in (Path(__file__).parent.parent / "README.md").read_text().splitlines() if line.startswith("curl ") and "localhost:8000" in line]
+    assert lines
+    for line in lines:
+        said = subprocess.run(line.replace("localhost:8000", f"127.0.0.1:{service.port}"), shell=True, capture_output=True, text=True, timeout=30)
+        assert json.loads(said.stdout)["cell_type"], (line, said.stdout[:300])
 
 
 # Unbreakable: bad input -----------------------------------------------------------------------------------------------
