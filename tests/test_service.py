@@ -295,10 +295,11 @@ def test_a_worker_that_is_killed_under_load_is_back(start):
         os.kill(victim := min(before), signal.SIGKILL)
         killed = time.monotonic()
         while victim in s.children() or len(s.children()) < 2: await asyncio.sleep(0.02)
-        return await load, time.monotonic() - killed
+        seconds = time.monotonic() - killed
+        return await load, seconds
 
     said, seconds = asyncio.run(go())
-    assert seconds < 3 + 5  # `go` waits for the load too; the next line holds the 3 s
+    assert seconds < 3
     replaced = [line for line in s.lines() if line.get("event")]
     assert len(replaced) == 1 and replaced[0]["code"] == -signal.SIGKILL and len(set(s.children()) - before) == 1
     assert said["wrong"] == 0 and set(said["statuses"]) <= {200, 503} and said["lost"] <= 16, "only what the dead worker held"
