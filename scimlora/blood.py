@@ -21,7 +21,7 @@ from .classifier import Classifier
 from .core import progress
 from .data import align_cells, obs_column
 from .evaluation import evaluate
-from .examples import shared, shared_dir
+from .examples import shared
 from .pretrain import class_sets, pretrain
 
 # %% ../nbs/07a_blood.ipynb #ab9c76e3
