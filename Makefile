@@ -8,7 +8,7 @@ IN_ENV = PATH="$$PWD/$(BIN):$$PATH"
 TORCH = 2.13.0
 DEPS = settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini bench-large benchmark-science benchmark-panels bench-unknown bench-settings bench-fuzz constraints clean
+.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench-large benchmark-science benchmark-panels bench-unknown bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,9 @@ ui: install-dev  ## open the page on http://localhost:8501
 mini: install-dev  ## pretrain the embedded base again, with its held-out numbers
 	SCIMLORA_PROGRESS=1 $(BIN)/python -c 'from scimlora.pretrain import make_mini; make_mini()'
 
+blood: install-dev  ## tune the embedded bundle for blood again, with its held-out numbers (about 15 minutes)
+	SCIMLORA_PROGRESS=1 $(BIN)/python -c 'from scimlora.blood import make_blood; make_blood()'
+
 # No index is named, so none is written. CUDA packages stay out: only builds that need them ask for them.
 bench-large: demo install-dev  ## a million cells through prepare and annotate: benchmarks/LARGE.md
 	$(IN_ENV) python benchmarks/large_files.py
@@ -84,6 +87,15 @@ bench-settings: install-dev  ## settings on held-out cells that no benchmark rep
 
 bench-fuzz: install-dev  ## 2,000 broken and malicious files: benchmarks/FUZZ.md
 	$(IN_ENV) python benchmarks/fuzz_files.py --n 2000 --seed 0
+
+bench-serve: install-dev  ## the service under load with a model of v1.1's shape: benchmarks/SERVICE.md
+	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/serve_load.py $(ARGS)
+
+bench-servers: install-dev  ## uvicorn against granian, under load and slow clients: benchmarks/SERVERS.md
+	$(IN_ENV) python benchmarks/servers.py
+
+test-serve: install-dev  ## the service's tests in their long form: 60 s of 64 clients, 1,000 whole cells, more generated requests
+	$(IN_ENV) SCIMLORA_LONG=1 python -m pytest tests/test_service.py
 
 constraints: install-dev  ## pin the newest versions that work together
 	$(BIN)/python -m pip install -q uv

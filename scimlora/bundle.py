@@ -182,9 +182,12 @@ def bundle_path(bundle):
     InputError
         If it is neither.
     """
-    named = BASES / "bundles" / str(bundle)
-    path = Path(bundle) if Path(bundle).exists() or not named.is_dir() else named
-    if not path.is_dir(): raise InputError(f"no bundle '{bundle}': give the folder that scimlora tune wrote (--out)")
+    named = BASES / str(bundle)
+    own = (Path(bundle) / "manifest.json").exists() or not (named / "manifest.json").exists()
+    path = Path(bundle) if own else named
+    if not path.is_dir():
+        known = sorted(p.parent.name for p in BASES.glob("*/manifest.json"))
+        raise InputError(f"no bundle '{bundle}': give the folder that scimlora tune wrote (--out)" + (f", or one of: {', '.join(known)}" if known else ""))
     lacking = [f for f in FILES if not (path / f).exists()]
     if lacking: raise InputError(f"{path}: is no bundle, it lacks {', '.join(lacking)}")
     return path

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'BundleArg', 'LabelOpt', 'BaseOpt', 'UnitsOpt', 'SeedOpt', 'fetch_app', 'doctor', 'prepare', 'tune', 'evaluate',
-           'errors', 'report', 'annotate', 'serve', 'demo', 'pretrain', 'fetch_base', 'fetch_data', 'base_command',
-           'main']
+           'errors', 'report', 'annotate', 'serve', 'key', 'demo', 'pretrain', 'fetch_base', 'fetch_data',
+           'base_command', 'main']
 
 # %% ../nbs/08_cli.ipynb #f5520867
 import json
@@ -24,7 +24,7 @@ from .core import InputError, ScimloraError, check_output
 app = typer.Typer(help="Teach SCimilarity your own atlas: LoRA adapters on a frozen single-cell foundation model.",
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-BundleArg = Annotated[str, typer.Argument(help="folder that `scimlora tune` wrote, or a base with labels of its own, such as mini", metavar="BUNDLE")]
+BundleArg = Annotated[str, typer.Argument(help="folder that `scimlora tune` wrote, or blood, which the package brings, or a base with labels of its own, such as mini", metavar="BUNDLE")]
 LabelOpt = Annotated[str, typer.Option("--label", help="column of obs with the cell types")]
 BaseOpt = Annotated[Optional[str], typer.Option("--base", help="where the bundle's base is, if not where it was made")]
 UnitsOpt = Annotated[str, typer.Option("--units", help="what the values are: auto, counts, cpm or log1p_cp10k")]
@@ -223,20 +223,49 @@ def annotate(bundle: BundleArg, file: Annotated[Path, typer.Argument(help="file 
 
 
 @app.command()
-def serve(bundle: BundleArg, host: Annotated[str, typer.Option("--host")] = "127.0.0.1", port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
-          base: BaseOpt = None):
-    "Answer HTTP requests with a bundle."
-    import socket
+def serve(bundle: BundleArg, host: Annotated[Optional[str], typer.Option("--host", help="address to listen on; by default 127.0.0.1")] = None,
+          port: Annotated[Optional[int], typer.Option("--port", min=0, max=65535, help="port to listen on; by default 8000, 0 takes a free one")] = None,
+          base: BaseOpt = None,
+          workers: Annotated[Optional[int], typer.Option("--workers", min=1, help="processes; they share the weights")] = None,
+          also: Annotated[Optional[list[str]], typer.Option("--also", help="a further bundle, chosen by a request's field model; may be repeated", metavar="NAME=BUNDLE")] = None,
+          public: Annotated[bool, typer.Option("--public", help="open a tunnel to the internet with ngrok; needs SCIMLORA_API_KEY and NGROK_AUTHTOKEN")] = False,
+          other: Annotated[Optional[list[str]], typer.Option("--set", help="any other setting; may be repeated", metavar="NAME=VALUE")] = None,
+          show: Annotated[bool, typer.Option("--settings", help="list all settings, with their names in the environment, and stop")] = False):
+    "Answer HTTP requests with a bundle. Settings also come from the environment: SCIMLORA_PORT, SCIMLORA_API_KEY and others."
+    from scimlora.serve import settings_of
+    from scimlora.server import serve as run
+    from scimlora.tunnel import tunnel
 
-    import uvicorn
+    given = dict(host=host, port=port, workers=workers) | _pairs("--set", other)
+    if "api_key" in given: raise InputError("--set api_key: others can read command lines; set SCIMLORA_API_KEY in the environment")
+    if show: return print(_settings_text(settings_of(**given)))
+    if public and "rate" not in given and "SCIMLORA_RATE" not in os.environ: given["rate"] = 600
+    run(bundle, base, _pairs("--also", also), _say, (lambda s, p: tunnel(p, s.keys, _say)) if public else None, **given)
 
-    from scimlora.serve import create_app
 
-    api = create_app(bundle, base)
-    try: place = socket.create_server((host, port))
-    except OSError as e: raise ScimloraError(f"cannot listen on {host}:{port} ({e.strerror}); choose another with --port") from None
-    _say(f"serving {bundle} on http://{host}:{place.getsockname()[1]} (documentation at /docs)")
-    uvicorn.Server(uvicorn.Config(api, log_level="warning")).run(sockets=[place])
+def _pairs(option, texts):
+    "NAME=VALUE texts as a dictionary."
+    out = {}
+    for text in texts or []:
+        name, given, value = text.partition("=")
+        if not given or not name or name in out: raise InputError(f"{option} {text}: give NAME=VALUE, each name once")
+        out[name] = value
+    return out
+
+
+def _settings_text(settings):
+    "One setting a line: its name in the environment, its value, what it is."
+    return "\n".join(f"{'SCIMLORA_' + n.upper():<26} {str(getattr(settings, n)):<12} {f.description}" for n, f in type(settings).model_fields.items())
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="whose key it is")] = "key"):
+    "Make an API key, and the line that goes into the file of keys."
+    from scimlora.keys import hash_key, new_key
+
+    made = new_key()
+    print(f"SCIMLORA_API_KEY={made}\n{name} {hash_key(made)}")
+    _say("note: the first line is for who asks, or for the server's environment; the second for SCIMLORA_API_KEYS_FILE. The key is shown this once.")
 
 # %% ../nbs/08_cli.ipynb #46ff5e7e
 @app.command()
