@@ -29,7 +29,7 @@ class Layer:
 
 # %% ../nbs/01b_kernels.ipynb #5ef83b59
 # Rate of a sparse value over that of a dense one, as measured with one thread on processors with AVX-512 and AMX.
-_SHARE = {("float32", True): 0.15, ("float32", False): 0.02, ("bfloat16", True): 0.03, ("bfloat16", False): 0.005}
+_SHARE = {("float32", True): 0.15, ("float32", False): 0.02, ("bfloat16", True): 0.05, ("bfloat16", False): 0.005}
 _GATHER = 3  # occurrences
 
 
@@ -68,25 +68,22 @@ def _plain(X, weight, frequent, rare):
 _BLOCK, _COLUMNS = 512, 256  # 512 kB of weights: half of what a core's second cache holds, which it may have to share
 
 
-def _deal(indptr, indices, data, place, n_frequent, dense, ends, local, values):
-    "Deal values out: `dense[cell, place]` for frequent genes, by blocks of places for the others."
+def _deal(indptr, indices, data, block, place, ends, local, values, dense):
+    "Sort each cell's values by block; those of block 0, the frequent genes, go on to `dense[cell, place]`."
     n_blocks = ends.shape[1] - 1
     at = np.zeros(n_blocks + 1, np.int64)
     for i in range(len(indptr) - 1):
         at[:] = 0
-        for j in range(indptr[i], indptr[i + 1]):
-            p = place[indices[j]] - n_frequent
-            if p < 0: dense[i, p + n_frequent] = data[j]
-            else: at[p // _BLOCK + 1] += 1
+        for j in range(indptr[i], indptr[i + 1]): at[block[indices[j]] + 1] += 1
         at[0] = indptr[i]
         for b in range(n_blocks): at[b + 1] += at[b]
         ends[i] = at
         for j in range(indptr[i], indptr[i + 1]):
-            p = place[indices[j]] - n_frequent
-            if p >= 0:
-                b = p // _BLOCK
-                local[at[b]], values[at[b]] = p - b * _BLOCK, data[j]
-                at[b] += 1
+            g = indices[j]
+            k = at[block[g]]
+            at[block[g]] = k + 1
+            local[k], values[k] = place[g], data[j]
+        for j in range(ends[i, 0], ends[i, 1]): dense[i, local[j]] = values[j]
 
 
 def _multiply(weight, rare, ends, local, values, out):
@@ -98,9 +95,10 @@ def _multiply(weight, rare, ends, local, values, out):
     for first in range(0, width, _COLUMNS):
         m = min(_COLUMNS, width - first)
         sums[:] = 0
-        for b in range(ends.shape[1] - 1):
-            for k in range(b * _BLOCK, min((b + 1) * _BLOCK, len(rare))):
-                for c in range(m): piece[(k - b * _BLOCK) * _COLUMNS + c] = weight[rare[k], first + c]
+        for b in range(1, ends.shape[1] - 1):
+            genes = rare[(b - 1) * _BLOCK:b * _BLOCK]
+            for k in range(len(genes)):
+                for c in range(m): piece[k * _COLUMNS + c] = weight[genes[k], first + c]
             for i in range(n):
                 j, end, s = ends[i, b], ends[i, b + 1], np.uint64(i) * T
                 while j + 4 <= end:
@@ -133,12 +131,13 @@ def _compiled():
 def _fast(X, weight, frequent, rare):
     "As `_plain`, with the compiled loops."
     deal, multiply = _compiled()
-    n, place = X.shape[0], np.empty(X.shape[1], np.int32)
-    place[frequent], place[rare] = np.arange(len(frequent)), len(frequent) + np.arange(len(rare))
+    n, rank = X.shape[0], np.arange(len(rare))
+    block, place = np.zeros(X.shape[1], np.uint16), np.zeros(X.shape[1], np.uint16)
+    place[frequent], block[rare], place[rare] = np.arange(len(frequent)), 1 + rank // _BLOCK, rank % _BLOCK
     dense, out = np.zeros((n, len(frequent)), np.float32), np.empty((n, weight.shape[1]), np.float32)
-    ends, local = np.empty((n, -(-len(rare) // _BLOCK) + 1), np.int64), np.empty(X.nnz, np.uint16)
-    values = np.empty(X.nnz, np.float32)
-    deal(X.indptr, X.indices, X.data, place, len(frequent), dense, ends, local, values)
+    ends = np.empty((n, -(-len(rare) // _BLOCK) + 2), np.int64)
+    local, values = np.empty(X.nnz, np.uint16), np.empty(X.nnz, np.float32)
+    deal(X.indptr, X.indices, X.data, block, place, ends, local, values, dense)
     multiply(weight, rare, ends, local, values, out)
     return dense if len(frequent) else None, out
 
@@ -203,7 +202,7 @@ def _each(work, bounds):
         finally: torch.set_num_threads(threads)
 
 
-def run_layers(layers, X, batch=2048, precision="float32"):
+def run_layers(layers, X, batch=4096, precision="float32"):
     """Embed cells with folded layers.
 
     Parameters
