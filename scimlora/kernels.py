@@ -178,7 +178,10 @@ def _first(X, layer, way, share, dtype):
 
 def _embed(layers, X, way, share, dtype):
     h = _bend(_first(X, layers[0], way, share, dtype), layers[0].slope)
-    for layer in layers[1:]: h = _bend(_linear(h, torch.from_numpy(layer.weight), torch.from_numpy(layer.bias), dtype), layer.slope)
+    for layer in layers[1:]:
+        # The last layer costs nothing, and its rounding would be the answer's.
+        kind = torch.float32 if layer is layers[-1] else dtype
+        h = _bend(_linear(h, torch.from_numpy(layer.weight), torch.from_numpy(layer.bias), kind), layer.slope)
     return F.normalize(h, p=2, dim=1).numpy()
 
 # %% ../nbs/01b_kernels.ipynb #327e7f88
@@ -214,7 +217,7 @@ def run_layers(layers, X, batch=4096, precision="float32"):
     batch : int
         Cells at a time and thread; bounds the memory.
     precision : {'float32', 'bfloat16'}
-        Of the products with the frequent genes' weights and of all layers after the first; sums are float32.
+        Of the products with the frequent genes' weights and of the layers between the first and the last; sums are float32.
 
     Returns
     -------
