@@ -7,8 +7,10 @@ __all__ = ['Predictions', 'as_table', 'untuned', 'Predictor', 'provenance', 'ann
            'genes_to_cells']
 
 # %% ../nbs/03c_predict.ipynb #fbb15b7c
+import functools
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +20,17 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from .base import BASES, load_base, load_head, run_layers
+from .base import BASES, load_base, load_head
 from .bundle import Bundle, base_of, load_bundle
 from .calibration import Calibration, centroid_distance
-from .core import InputError, atomic_path, versions
+from .core import InputError, atomic_path, progress, versions
 from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genepath import FEW_GENES
 from .genes import place_genes
+from .kernels import make_twin, run_layers, run_twin
 from .lora import Head, adapted_layers
-from .rows import h5_for_writing
+from .rows import ahead, h5_for_writing
 
 # %% ../nbs/03c_predict.ipynb #4bb9d685
 @dataclass
@@ -141,6 +144,7 @@ def _opened(bundle):
 # %% ../nbs/03c_predict.ipynb #4d4e4819
 # Of presets with ten genes each, on two bundles, those of taught types lay below 0.7 from a class, the others above 0.79.
 _PANEL_DISTANCE = 0.75
+_FEW_CELLS = 64  # from here on it pays to look for what adapter and base have in common
 
 
 class Predictor:
@@ -152,6 +156,8 @@ class Predictor:
         A bundle, its folder, or the name of an embedded one; or a base with a label head.
     base : Base, str or Path, optional
         Where the base is, if not where the manifest says.
+    precision : {'float32', 'bfloat16'}
+        As in `scimlora.kernels.run_layers`.
 
     Raises
     ------
@@ -159,17 +165,27 @@ class Predictor:
         If the base is not the one that the bundle was made on.
     """
 
-    def __init__(self, bundle, base=None):
+    def __init__(self, bundle, base=None, precision="float32"):
         self.bundle = bundle if isinstance(bundle, Bundle) else _opened(bundle)
         self.base = base_of(self.bundle, base)
-        self.genes, self.classes = self.base.genes, self.bundle.classes
+        self.genes, self.classes, self.precision = self.base.genes, self.bundle.classes, precision
         self.layers = adapted_layers(self.base.encoder, self.bundle.adapter_config, self.bundle.adapter)
         lin = self.bundle.head.linear
         self._W, self._b = lin.weight.detach().double().numpy().T, lin.bias.detach().double().numpy()
 
     def embed(self, cells, units="auto"):
         "Return adapted embeddings, shape (n_cells, latent), of an AnnData, Cells, or aligned CSR matrix."
-        return run_layers(self.layers, self._aligned(cells, units).X)
+        return run_layers(self.layers, self._aligned(cells, units).X, precision=self.precision)
+
+    @functools.cached_property
+    def _twin(self): return make_twin(self.base.layers, self.layers)
+
+    def _both(self, X):
+        "Adapted embeddings, and the base's where strangers are told by them, else None."
+        if not self.bundle.calibration.cells: return run_layers(self.layers, X, precision=self.precision), None
+        if X.shape[0] < _FEW_CELLS and "_twin" not in vars(self): return run_layers(self.layers, X), self.base.embed(X)
+        frozen, z = run_twin(self._twin, X, precision=self.precision)
+        return z, frozen
 
     def _aligned(self, cells, units):
         if isinstance(cells, Cells): return cells
@@ -217,11 +233,11 @@ class Predictor:
         Predictions
         """
         cells = self._aligned(cells, units)
-        z = run_layers(self.layers, cells.X)
+        z, frozen = self._both(cells.X)
         proba = self.proba(cells, z)
-        return Predictions(self.classes, proba, z, self._reasons(cells, z, proba))
+        return Predictions(self.classes, proba, z, self._reasons(cells, z, frozen, proba))
 
-    def distances(self, X, z):
+    def distances(self, X, z, frozen=None):
         """Return cosine distances to the nearest class centroid, in the adapted and in the base's embedding.
 
         Parameters
@@ -230,18 +246,21 @@ class Predictor:
             log1p CP10K in the base's gene order.
         z : numpy.ndarray, shape (n_cells, latent)
             Their adapted embeddings.
+        frozen : numpy.ndarray, shape (n_cells, latent), optional
+            Their embeddings in the base, if they are at hand.
 
         Returns
         -------
         numpy.ndarray, shape (n_cells, 2)
         """
-        return np.stack([centroid_distance(z, self.bundle.centroids), centroid_distance(self.base.embed(X), self.bundle.base_centroids)], axis=1)
+        if frozen is None: frozen = self.base.embed(X, precision=self.precision)
+        return np.stack([centroid_distance(z, self.bundle.centroids), centroid_distance(frozen, self.bundle.base_centroids)], axis=1)
 
-    def _reasons(self, cells, z, proba):
+    def _reasons(self, cells, z, frozen, proba):
         cal, reason = self.bundle.calibration, np.full(len(z), "", dtype=object)
         reason[proba.max(1) < cal.min_confidence] = f"confidence below {cal.min_confidence:.2f}"
         if cal.cells:
-            d = self.distances(cells.X, z)
+            d = self.distances(cells.X, z, frozen)
             strange = cal.unlike(d) > cal.max_unlike
             # A handful of genes lies far from whole cells whatever it is, but not at a right angle to what it is of.
             strange = np.where(self._few(cells), d[:, 0] > _PANEL_DISTANCE, strange)
@@ -320,9 +339,16 @@ class FileAnnotation:
     def __len__(self): return len(self.table)
 
 
-def _walk(predictor, alignment):
-    "Yield slices of rows and their predictions."
-    for rows in alignment.chunks("annotating"): yield rows, predictor.predict(alignment.cells(rows))
+def _walk(predictor, alignment, write):
+    "Predict chunk by chunk: the next one is read meanwhile, and the last one given to `write(rows, predictions)`."
+    bar, written = progress(desc="annotating", total=alignment.file.n_obs, unit="cells"), None
+    with ThreadPoolExecutor(1) as writer, bar:
+        for rows, cells in ahead((rows, alignment.cells(rows)) for rows in alignment.chunks()):
+            p = predictor.predict(cells)
+            if written is not None: written.result()
+            written = writer.submit(write, rows, p)
+            bar.update(len(p))
+        if written is not None: written.result()
 
 
 def _fill(f, predictor, alignment):
@@ -332,9 +358,12 @@ def _fill(f, predictor, alignment):
     if "X_scimlora" in f["obsm"]: del f["obsm/X_scimlora"]
     z, columns = f.create_dataset("obsm/X_scimlora", (alignment.file.n_obs, predictor.base.latent), np.float32), []
     z.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    for rows, p in _walk(predictor, alignment):
+
+    def write(rows, p):
         z[rows] = p.embedding
         columns.append(p.columns())
+
+    _walk(predictor, alignment, write)
     columns = pd.concat(columns, ignore_index=True)
     add_columns(f, _arrays(columns))
     ad.io.write_elem(f, "uns/scimlora", json.dumps(provenance(predictor, alignment.report, alignment.notes)))
@@ -351,6 +380,12 @@ def _annotate_to_h5ad(predictor, cells, alignment, out):
     with h5_for_writing(out, copy_of) as f:
         if copy_of is None: copy_to_h5ad(cells, f)
         return _fill(f, predictor, alignment)
+
+
+def _columns(predictor, alignment):
+    found = []
+    _walk(predictor, alignment, lambda _, p: found.append(p.columns()))
+    return pd.concat(found, ignore_index=True)
 
 
 def annotate_file(predictor, path, out, units="auto"):
@@ -381,7 +416,7 @@ def annotate_file(predictor, path, out, units="auto"):
     with open_cells(path) as cells:
         a = Alignment(cells, predictor.genes, units)
         if suffix == "h5ad": columns = _annotate_to_h5ad(predictor, cells, a, out)
-        else: columns = pd.concat([p.columns() for _, p in _walk(predictor, a)], ignore_index=True)
+        else: columns = _columns(predictor, a)
         table, report, notes = as_table(columns, cells.obs.index), a.report, a.notes
     if not predictor.bundle.calibration.cells: notes.append("nothing was calibrated: no cell is left unassigned, and confidences are no chances")
     if suffix == "csv":
