@@ -238,7 +238,7 @@ def tuned(base, folder):
     from scimlora import Classifier
 
     cells = shared(TEN_X)
-    rows = np.random.default_rng(0).permutation(cells.n_obs)[:600]
+    rows = np.random.default_rng(0).permutation(cells.n_obs)[:160]
     return Classifier.tune(cells[np.sort(rows)].copy(), "cell_type", base=str(folder), epochs=1).save(folder.parent / "bundle")
 
 
