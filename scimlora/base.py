@@ -174,7 +174,7 @@ class Base:
         if not hasattr(self, "_layers"): self._layers = fold(self.encoder)
         return self._layers
 
-    def embed(self, cells, units="auto", precision="float32"):
+    def embed(self, cells, units="auto", precision="float32", device="cpu"):
         """Embed cells.
 
         Parameters
@@ -183,7 +183,7 @@ class Base:
             An AnnData is aligned and normalised; a matrix must already be log1p CP10K in the base's gene order.
         units : str
             As in `find_counts`.
-        precision : {'float32', 'bfloat16'}
+        precision, device : str
             As in `scimlora.kernels.run_layers`.
 
         Returns
@@ -193,7 +193,7 @@ class Base:
         """
         if isinstance(cells, Cells): X = cells.X
         else: X = cells if sp.issparse(cells) else align_cells(cells, self.genes, units).X
-        return run_layers(self.layers, X, precision=precision)
+        return run_layers(self.layers, X, precision=precision, device=device)
 
 # %% ../nbs/02_base.ipynb #4026bc45
 def base_path(base):

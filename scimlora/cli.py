@@ -214,7 +214,8 @@ def annotate(bundle: BundleArg, file: Annotated[Path, typer.Argument(help="file 
              out: Annotated[Path, typer.Option("--out", help="ends in .h5ad or .csv")], base: BaseOpt = None, units: UnitsOpt = "auto",
              engine: Annotated[str, typer.Option("--engine", help="local, or dask for a cluster")] = "local",
              scheduler: Annotated[Optional[str], typer.Option("--scheduler", help="address of the Dask scheduler; without one, a cluster on this machine")] = None,
-             precision: Annotated[str, typer.Option("--precision", help="float32, or bfloat16: faster where the processor has AMX, not quite the same numbers")] = "float32"):
+             precision: Annotated[str, typer.Option("--precision", help="float32, or bfloat16: faster where the processor has AMX, not quite the same numbers")] = "float32",
+             device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto"):
     "Annotate the cells of a file."
     from scimlora.predict import Predictor, annotate_file, in_this_process
 
@@ -222,7 +223,7 @@ def annotate(bundle: BundleArg, file: Annotated[Path, typer.Argument(help="file 
     if engine not in ("local", "dask"): raise InputError(f"--engine {engine}: choose local or dask")
     if scheduler and engine != "dask": raise InputError("--scheduler: say --engine dask too")
     if engine == "dask": from scimlora.cluster import on_dask
-    done = annotate_file(Predictor(bundle, base, precision), file, out, units, in_this_process if engine == "local" else on_dask(scheduler))
+    done = annotate_file(Predictor(bundle, base, precision, device), file, out, units, in_this_process if engine == "local" else on_dask(scheduler))
     t = done.table
     _show_notes(done.notes)
     print(f"{out}: {len(t):,} cells, {t.unassigned.sum():,} unassigned ({t.unassigned.mean():.1%}), mean confidence {t.confidence.mean():.3f}")

@@ -17,15 +17,15 @@ from .predict import Predictor
 
 # %% ../nbs/03d_cluster.ipynb #9b99f70c
 @functools.lru_cache(2)
-def _opened(bundle, base, precision, path, date, units):
+def _opened(bundle, base, precision, device, path, date, units):
     "A predictor and an alignment, kept open on a worker for the next chunk; `date` tells a file that was written anew."
-    predictor = Predictor(bundle, base, precision)
+    predictor = Predictor(bundle, base, precision, device)
     return predictor, Alignment(open_cells(path), predictor.genes, units)
 
 
-def _predict(bundle, base, precision, path, units, start, stop):
+def _predict(bundle, base, precision, device, path, units, start, stop):
     "Runs on a worker: predictions of some rows, and how many cells among them were empty."
-    predictor, alignment = _opened(bundle, base, precision, path, Path(path).stat().st_mtime_ns, units)
+    predictor, alignment = _opened(bundle, base, precision, device, path, Path(path).stat().st_mtime_ns, units)
     cells = alignment.cells(slice(start, stop))
     return predictor.predict(cells), int((cells.X.getnnz(axis=1) == 0).sum())
 
@@ -52,7 +52,7 @@ def on_dask(scheduler=None, retries=5):
     def engine(predictor, alignment):
         from distributed import Client
 
-        bundle, base = predictor.source
+        bundle, base = predictor.source[:2]
         if bundle is None: raise InputError("a bundle in memory cannot be sent to a cluster; save it and give its folder")
         try: client = Client(scheduler, timeout="10s") if scheduler else Client(threads_per_worker=1)
         except (OSError, ValueError) as e: raise InputError(f"--scheduler {scheduler}: no Dask scheduler answers there ({type(e).__name__}); start one with: dask scheduler") from None
@@ -63,7 +63,7 @@ def on_dask(scheduler=None, retries=5):
                 # Twice as many chunks as threads are out: no worker waits, and results do not pile up here.
                 while chunks and len(waiting) < 2 * max(1, sum(client.nthreads().values())):
                     rows = chunks.popleft()
-                    waiting.append((rows, client.submit(_predict, *where, predictor.precision, path, alignment.units, rows.start, rows.stop, pure=False, retries=retries)))
+                    waiting.append((rows, client.submit(_predict, *where, *predictor.source[2:], path, alignment.units, rows.start, rows.stop, pure=False, retries=retries)))
                 rows, future = waiting.popleft()
                 predictions, empty = future.result()
                 alignment.empty += empty

@@ -28,7 +28,7 @@ from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genepath import FEW_GENES
 from .genes import place_genes
-from .kernels import make_twin, run_layers, run_twin
+from .kernels import find_device, make_twin, run_layers, run_twin
 from .lora import Head, adapted_layers
 from .rows import ahead, h5_for_writing
 
@@ -158,34 +158,37 @@ class Predictor:
         Where the base is, if not where the manifest says.
     precision : {'float32', 'bfloat16'}
         As in `scimlora.kernels.run_layers`.
+    device : str
+        As in `scimlora.kernels.find_device`.
 
     Raises
     ------
     InputError
-        If the base is not the one that the bundle was made on.
+        If the base is not the one that the bundle was made on, or there is no such device.
     """
 
-    def __init__(self, bundle, base=None, precision="float32"):
-        self.source = (None if isinstance(bundle, Bundle) else str(bundle), base)
+    def __init__(self, bundle, base=None, precision="float32", device="cpu"):
+        self.source = (None if isinstance(bundle, Bundle) else str(bundle), base, precision, device)
         self.bundle = bundle if isinstance(bundle, Bundle) else _opened(bundle)
         self.base = base_of(self.bundle, base)
-        self.genes, self.classes, self.precision = self.base.genes, self.bundle.classes, precision
+        self.genes, self.classes = self.base.genes, self.bundle.classes
+        self._how = dict(precision=precision, device=find_device(device))
         self.layers = adapted_layers(self.base.encoder, self.bundle.adapter_config, self.bundle.adapter)
         lin = self.bundle.head.linear
         self._W, self._b = lin.weight.detach().double().numpy().T, lin.bias.detach().double().numpy()
 
     def embed(self, cells, units="auto"):
         "Return adapted embeddings, shape (n_cells, latent), of an AnnData, Cells, or aligned CSR matrix."
-        return run_layers(self.layers, self._aligned(cells, units).X, precision=self.precision)
+        return run_layers(self.layers, self._aligned(cells, units).X, **self._how)
 
     @functools.cached_property
     def _twin(self): return make_twin(self.base.layers, self.layers)
 
     def _both(self, X):
         "Adapted embeddings, and the base's where strangers are told by them, else None."
-        if not self.bundle.calibration.cells: return run_layers(self.layers, X, precision=self.precision), None
-        if X.shape[0] < _FEW_CELLS: return run_layers(self.layers, X, precision=self.precision), self.base.embed(X, precision=self.precision)
-        frozen, z = run_twin(self._twin, X, precision=self.precision)
+        if not self.bundle.calibration.cells: return run_layers(self.layers, X, **self._how), None
+        if X.shape[0] < _FEW_CELLS: return run_layers(self.layers, X, **self._how), self.base.embed(X, **self._how)
+        frozen, z = run_twin(self._twin, X, **self._how)
         return z, frozen
 
     def _aligned(self, cells, units):
@@ -254,7 +257,7 @@ class Predictor:
         -------
         numpy.ndarray, shape (n_cells, 2)
         """
-        if frozen is None: frozen = self.base.embed(X, precision=self.precision)
+        if frozen is None: frozen = self.base.embed(X, **self._how)
         return np.stack([centroid_distance(z, self.bundle.centroids), centroid_distance(frozen, self.bundle.base_centroids)], axis=1)
 
     def _reasons(self, cells, z, frozen, proba):

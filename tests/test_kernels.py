@@ -126,7 +126,7 @@ def test_threads_and_batches(way, real):
 def test_a_failure_in_a_part_is_raised_and_threads_are_given_back(real, monkeypatch):
     mini, X = real
     before = torch.get_num_threads()
-    monkeypatch.setattr(kernels, "_embed", lambda *_: 1 / 0)
+    monkeypatch.setattr(kernels, "_rest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError): run_layers(mini.layers, X)
     assert torch.get_num_threads() == before
 
@@ -139,6 +139,26 @@ def test_reduced_precision_keeps_the_labels(way, real):
     label = lambda z: (z * z.shape[1]**0.5 @ weight.T + bias).argmax(1)
     assert (label(full) == label(half)).mean() >= 0.999
     with pytest.raises(InputError, match="precision 'int3'"): run_layers(mini.layers, X, precision="int3")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_over_a_device(real, dtype):
+    # The same code as for CUDA, with the processor as the device: what travels, becomes dense and comes back.
+    mini, X = real
+    got = kernels._on_device(mini.layers, X, torch.device("cpu"), dtype, 500)
+    assert far(got, run_layers(mini.layers, X)) < (SAME if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda(real):
+    mini, X = real
+    assert far(run_layers(mini.layers, X, device="cuda"), run_layers(mini.layers, X)) < 1e-4
+
+
+def test_devices():
+    assert kernels.find_device("cpu").type == "cpu" and kernels.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cuda:99", "tpu", "meta"):
+        with pytest.raises(InputError, match=f"device '{name}'"): kernels.find_device(name)
 
 
 def test_without_numba_nothing_is_compiled(monkeypatch):

@@ -164,6 +164,6 @@ def test_dask_refuses_in_one_line(classifier, cells_file, tmp_path, bundle_dir):
 
 
 def test_the_command_line_says_what_it_takes(bundle_dir, cells_file, tmp_path):
-    for option, value in (("--engine", "spark"), ("--precision", "int3"), ("--scheduler", "tcp://127.0.0.1:9")):
+    for option, value in (("--engine", "spark"), ("--precision", "int3"), ("--scheduler", "tcp://127.0.0.1:9"), ("--device", "tpu")):
         run = subprocess.run([sys.executable, "-m", "scimlora", "annotate", bundle_dir, cells_file, "--out", tmp_path / "out.csv", option, value], capture_output=True, text=True)
         assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.csv").exists()
