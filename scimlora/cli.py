@@ -375,7 +375,8 @@ def _explain(e):
         return _stop(_one_line(e.format_message()) + "; see scimlora --help", 2)
     if isinstance(e, typer.Abort): return _stop("stopped", 130)
     if isinstance(e, ModuleNotFoundError) and not str(e.name).startswith("scimlora"):
-        return _stop(f"the package {e.name} is needed for this; install it with: pip install 'scimlora[demo]'", 1)
+        extra = "dask" if e.name in ("dask", "distributed") else "demo"
+        return _stop(f"the package {e.name} is needed for this; install it with: pip install 'scimlora[{extra}]'", 1)
     if isinstance(e, ScimloraError): return _stop(_one_line(e), 1)
     if isinstance(e, OSError): return _stop(_one_line(e), 1)
     return _stop(f"{type(e).__name__}: {_one_line(e)} (set SCIMLORA_DEBUG=1 to see where)", 1)

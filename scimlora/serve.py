@@ -180,6 +180,7 @@ def create_app(bundle, base=None, max_json=8 << 20, max_file=512 << 20):
     fastapi.FastAPI
     """
     predictor = bundle if isinstance(bundle, Predictor) else Predictor(bundle, base)
+    answer(predictor, [{predictor.genes[0]: 1.0}])  # what is made on first use is made before the first request
     app = FastAPI(title="scimlora", version=versions("scimlora").get("scimlora", "0"), description=predictor.bundle.manifest.get("title", ""))
     app.state.predictor = predictor
     app.add_middleware(BodyLimit, limits={"": max_json, "/annotate": max_file})
