@@ -240,7 +240,7 @@ def tuned(base, folder):
     cells = shared(TEN_X)
     names = obs_column(cells.obs, "cell_type").astype(str)
     rows = np.concatenate([np.flatnonzero(names == t)[:20] for t in np.unique(names) if (names == t).sum() >= 20])
-    return Classifier.tune(cells[np.sort(rows)].copy(), "cell_type", base=str(folder), epochs=1).save(folder.parent / "bundle")
+    return Classifier.tune(cells[np.sort(rows)].copy(), "cell_type", base=str(folder), epochs=1, steps=0).save(folder.parent / "bundle")
 
 
 def table(rows, heads):
