@@ -177,7 +177,7 @@ def served(bundle, cell, requests=500):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     start = time.perf_counter()
-    p = subprocess.Popen([sys.executable, "-m", "scimlora", "serve", str(bundle), "--port", str(port)], stderr=subprocess.DEVNULL)
+    p = subprocess.Popen([sys.executable, "-m", "scimlora", "serve", str(bundle), "--base", str(Path(bundle).parent / "base"), "--port", str(port)], stderr=subprocess.DEVNULL)
     try:
         while True:
             try: ready = urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1).status == 200
@@ -204,7 +204,7 @@ def annotate_sizes(bundle, counts, labels, var, sizes, folder):
     rows = []
     for n in sizes:
         write_h5ad(folder / "cells.h5ad", counts, var, labels, n)
-        seconds, memory, _ = child("-m", "scimlora", "annotate", bundle, folder / "cells.h5ad", "--out", folder / "out.h5ad")
+        seconds, memory, _ = child("-m", "scimlora", "annotate", bundle, "--base", folder / "base", folder / "cells.h5ad", "--out", folder / "out.h5ad")
         rows.append(dict(cells=f"{n:,}", seconds=f"{seconds:.1f}", rate=f"{n / seconds:,.0f}", us=f"{seconds / n * 1e6:.0f}", peak=f"{memory / 1e9:.2f}"))
         print(rows[-1], flush=True)
         for f in ("cells.h5ad", "out.h5ad"): (folder / f).unlink()
@@ -218,7 +218,7 @@ def peers(bundle, counts, labels, var, n, folder, python, rounds):
 
     from scimlora.predict import Predictor, annotate
 
-    cells, predictor = ad.AnnData(tiled(counts, n), var=var), Predictor(bundle)
+    cells, predictor = ad.AnnData(tiled(counts, n), var=var), Predictor(bundle, folder / "base")
     cells.obs_names = [f"cell{i}" for i in range(n)]
     cells.write_h5ad(folder / "peer.h5ad")
     train = ad.AnnData(counts, var=var)
