@@ -211,12 +211,19 @@ def report(run: Annotated[Path, typer.Argument(help="folder with metrics.json, e
 # %% ../nbs/08_cli.ipynb #7c6de911
 @app.command()
 def annotate(bundle: BundleArg, file: Annotated[Path, typer.Argument(help="file of cells")],
-             out: Annotated[Path, typer.Option("--out", help="ends in .h5ad or .csv")], base: BaseOpt = None, units: UnitsOpt = "auto"):
+             out: Annotated[Path, typer.Option("--out", help="ends in .h5ad or .csv")], base: BaseOpt = None, units: UnitsOpt = "auto",
+             engine: Annotated[str, typer.Option("--engine", help="local, or dask for a cluster")] = "local",
+             scheduler: Annotated[Optional[str], typer.Option("--scheduler", help="address of the Dask scheduler; without one, a cluster on this machine")] = None,
+             precision: Annotated[str, typer.Option("--precision", help="float32, or bfloat16: faster where the processor has AMX, not quite the same numbers")] = "float32",
+             device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto"):
     "Annotate the cells of a file."
-    from scimlora.predict import Predictor, annotate_file
+    from scimlora.predict import Predictor, annotate_file, in_this_process
 
     check_output(out)
-    done = annotate_file(Predictor(bundle, base), file, out, units)
+    if engine not in ("local", "dask"): raise InputError(f"--engine {engine}: choose local or dask")
+    if scheduler and engine != "dask": raise InputError("--scheduler: say --engine dask too")
+    if engine == "dask": from scimlora.cluster import on_dask
+    done = annotate_file(Predictor(bundle, base, precision, device), file, out, units, in_this_process if engine == "local" else on_dask(scheduler))
     t = done.table
     _show_notes(done.notes)
     print(f"{out}: {len(t):,} cells, {t.unassigned.sum():,} unassigned ({t.unassigned.mean():.1%}), mean confidence {t.confidence.mean():.3f}")
@@ -397,7 +404,8 @@ def _explain(e):
         return _stop(_one_line(e.format_message()) + "; see scimlora --help", 2)
     if isinstance(e, typer.Abort): return _stop("stopped", 130)
     if isinstance(e, ModuleNotFoundError) and not str(e.name).startswith("scimlora"):
-        return _stop(f"the package {e.name} is needed for this; install it with: pip install 'scimlora[demo]'", 1)
+        extra = "dask" if e.name in ("dask", "distributed") else "demo"
+        return _stop(f"the package {e.name} is needed for this; install it with: pip install 'scimlora[{extra}]'", 1)
     if isinstance(e, ScimloraError): return _stop(_one_line(e), 1)
     if isinstance(e, OSError): return _stop(_one_line(e), 1)
     return _stop(f"{type(e).__name__}: {_one_line(e)} (set SCIMLORA_DEBUG=1 to see where)", 1)

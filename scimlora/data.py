@@ -332,13 +332,13 @@ class Alignment:
         self.file, self.genes, self.units = as_cells(source), list(genes), units
         self.values = find_values(self.file, units)
         self.match, self.names_from = gene_match(self.values.var, self.genes)
-        self.measured, self._empty = self.match.matrix.getnnz(0) > 0, 0
+        self.measured, self.empty = self.match.matrix.getnnz(0) > 0, 0
 
     def linear(self, rows):
         "Return linear values of some rows (a slice) in the model's gene order: a CSR matrix of shape (n, m)."
         X = sp.csr_matrix(self.values.linear(self.file, rows) @ self.match.matrix)
         X.eliminate_zeros()
-        self._empty += int((np.diff(X.indptr) == 0).sum())
+        self.empty += int((np.diff(X.indptr) == 0).sum())
         return X
 
     def cells(self, rows):
@@ -361,7 +361,7 @@ class Alignment:
                     genes_unmatched=len(m.unmatched), coverage=m.coverage, not_genes=len(m.not_genes),
                     ambiguous_genes=len(m.ambiguous), other_species=len(m.other_species), genes_by=m.kinds,
                     duplicated_genes=len(m.duplicated), other_features=v.other_features, gene_names_from=self.names_from, values_from=v.where,
-                    values_kind=v.kind, undone=v.done, duplicated_cells=int(len(obs) - obs.index.nunique()), empty_cells=self._empty)
+                    values_kind=v.kind, undone=v.done, duplicated_cells=int(len(obs) - obs.index.nunique()), empty_cells=self.empty)
 
     @property
     def notes(self):

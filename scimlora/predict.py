@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['Predictions', 'as_table', 'untuned', 'open_bundle', 'Predictor', 'provenance', 'annotate', 'FileAnnotation',
-           'annotate_file', 'genes_to_cells']
+           'in_this_process', 'annotate_file', 'genes_to_cells']
 
 # %% ../nbs/03c_predict.ipynb #fbb15b7c
+import functools
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,16 +21,17 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from .base import BASES, load_base, load_head, run_layers
+from .base import BASES, load_base, load_head
 from .bundle import Bundle, base_of, load_bundle
 from .calibration import Calibration, centroid_distance
-from .core import InputError, atomic_path, versions
+from .core import InputError, atomic_path, progress, versions
 from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genepath import FEW_GENES
 from .genes import is_gene, is_other_species, place_genes
+from .kernels import find_device, make_twin, run_layers, run_twin
 from .lora import Head, adapted_layers
-from .rows import h5_for_writing
+from .rows import ahead, h5_for_writing
 
 # %% ../nbs/03c_predict.ipynb #4bb9d685
 @dataclass
@@ -152,6 +155,7 @@ def open_bundle(bundle):
 # %% ../nbs/03c_predict.ipynb #4d4e4819
 # Of presets with ten genes each, on two bundles, those of taught types lay below 0.7 from a class, the others above 0.79.
 _PANEL_DISTANCE = 0.75
+_FEW_CELLS = 64  # from here on it pays to look for what adapter and base have in common
 
 
 class Predictor:
@@ -163,24 +167,33 @@ class Predictor:
         A bundle, its folder, or the name of an embedded one; or a base with a label head.
     base : Base, str or Path, optional
         Where the base is, if not where the manifest says.
+    precision : {'float32', 'bfloat16'}
+        As in `scimlora.kernels.run_layers`.
+    device : str
+        As in `scimlora.kernels.find_device`.
 
     Raises
     ------
     InputError
-        If the base is not the one that the bundle was made on.
+        If the base is not the one that the bundle was made on, or there is no such device.
     """
 
-    def __init__(self, bundle, base=None):
+    def __init__(self, bundle, base=None, precision="float32", device="cpu"):
+        self.source = (None if isinstance(bundle, Bundle) else str(bundle), base, precision, device)
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.base = base_of(self.bundle, base)
         self.genes, self.classes = self.base.genes, self.bundle.classes
+        self._how = dict(precision=precision, device=find_device(device))
         self.layers = adapted_layers(self.base.encoder, self.bundle.adapter_config, self.bundle.adapter)
         lin = self.bundle.head.linear
         self._W, self._b = lin.weight.detach().double().numpy().T, lin.bias.detach().double().numpy()
 
     def embed(self, cells, units="auto"):
         "Return adapted embeddings, shape (n_cells, latent), of an AnnData, Cells, or aligned CSR matrix."
-        return run_layers(self.layers, self._aligned(cells, units).X)
+        return run_layers(self.layers, self._aligned(cells, units).X, **self._how)
+
+    @functools.cached_property
+    def _twin(self): return make_twin(self.base.layers, self.layers)
 
     def _aligned(self, cells, units):
         if isinstance(cells, Cells): return cells
@@ -199,8 +212,10 @@ class Predictor:
         z, frozen : numpy.ndarray of float32, shape (n_cells, latent)
             Of the adapted encoder and of the base; one and the same where nothing was adapted.
         """
-        z = run_layers(self.layers, cells.X)
-        return z, self.base.embed(cells.X) if self.bundle.adapter_config else z
+        if not self.bundle.adapter_config: return (z := run_layers(self.layers, cells.X, **self._how)), z
+        if len(cells) < _FEW_CELLS: return run_layers(self.layers, cells.X, **self._how), self.base.embed(cells.X, **self._how)
+        frozen, z = run_twin(self._twin, cells.X, **self._how)
+        return z, frozen
 
     def paths(self, cells, z, frozen):
         """Return uncalibrated logits of both paths.
@@ -344,28 +359,54 @@ class FileAnnotation:
     def __len__(self): return len(self.table)
 
 
-def _walk(predictor, alignment):
-    "Yield slices of rows and their predictions."
-    for rows in alignment.chunks("annotating"): yield rows, predictor.predict(alignment.cells(rows))
+def in_this_process(predictor, alignment):
+    """Predict a file's cells chunk by chunk; the next chunk is read meanwhile.
+
+    Parameters
+    ----------
+    predictor : Predictor
+    alignment : scimlora.data.Alignment
+
+    Yields
+    ------
+    rows : slice
+        In order.
+    predictions : Predictions
+    """
+    for rows, cells in ahead((rows, alignment.cells(rows)) for rows in alignment.chunks()): yield rows, predictor.predict(cells)
 
 
-def _fill(f, predictor, alignment):
+def _walk(predictor, alignment, engine, write):
+    "Give each chunk's rows and predictions to `write`, which works behind, with a progress bar."
+    bar, written = progress(desc="annotating", total=alignment.file.n_obs, unit="cells"), None
+    with ThreadPoolExecutor(1) as writer, bar:
+        for rows, p in engine(predictor, alignment):
+            if written is not None: written.result()
+            written = writer.submit(write, rows, p)
+            bar.update(len(p))
+        if written is not None: written.result()
+
+
+def _fill(f, predictor, alignment, engine):
     "Annotate into an open h5ad; returns the columns."
     for name in ("obsm", "uns"):
         if name not in f: f.create_group(name).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
     if "X_scimlora" in f["obsm"]: del f["obsm/X_scimlora"]
     z, columns = f.create_dataset("obsm/X_scimlora", (alignment.file.n_obs, predictor.base.latent), np.float32), []
     z.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    for rows, p in _walk(predictor, alignment):
+
+    def write(rows, p):
         z[rows] = p.embedding
         columns.append(p.columns())
+
+    _walk(predictor, alignment, engine, write)
     columns = pd.concat(columns, ignore_index=True)
     add_columns(f, _arrays(columns))
     ad.io.write_elem(f, "uns/scimlora", json.dumps(provenance(predictor, alignment.report, alignment.notes)))
     return columns
 
 # %% ../nbs/03c_predict.ipynb #6666e16a
-def _annotate_to_h5ad(predictor, cells, alignment, out):
+def _annotate_to_h5ad(predictor, cells, alignment, out, engine):
     if cells.format == "h5ad" and cells.file is None:  # a layout of old, which had to be read whole
         adata = read_cells(cells.path)
         p, _ = annotate(predictor, adata, alignment.units)
@@ -374,10 +415,16 @@ def _annotate_to_h5ad(predictor, cells, alignment, out):
     copy_of = cells.path if cells.format == "h5ad" else None
     with h5_for_writing(out, copy_of) as f:
         if copy_of is None: copy_to_h5ad(cells, f)
-        return _fill(f, predictor, alignment)
+        return _fill(f, predictor, alignment, engine)
 
 
-def annotate_file(predictor, path, out, units="auto"):
+def _columns(predictor, alignment, engine):
+    found = []
+    _walk(predictor, alignment, engine, lambda _, p: found.append(p.columns()))
+    return pd.concat(found, ignore_index=True)
+
+
+def annotate_file(predictor, path, out, units="auto", engine=in_this_process):
     """Annotate a file of cells of any size and write an h5ad or a csv.
 
     Parameters
@@ -390,6 +437,8 @@ def annotate_file(predictor, path, out, units="auto"):
         top3, reason). Written whole or not at all.
     units : str
         As in `scimlora.data.find_values`.
+    engine : callable
+        Gives rows and predictions from a predictor and an alignment: `in_this_process`, or `scimlora.cluster.on_dask(address)`.
 
     Returns
     -------
@@ -404,8 +453,8 @@ def annotate_file(predictor, path, out, units="auto"):
     if suffix not in ("h5ad", "csv"): raise InputError(f"{out}: the output must end in .h5ad or .csv")
     with open_cells(path) as cells:
         a = Alignment(cells, predictor.genes, units)
-        if suffix == "h5ad": columns = _annotate_to_h5ad(predictor, cells, a, out)
-        else: columns = pd.concat([p.columns() for _, p in _walk(predictor, a)], ignore_index=True)
+        if suffix == "h5ad": columns = _annotate_to_h5ad(predictor, cells, a, out, engine)
+        else: columns = _columns(predictor, a, engine)
         table, report, notes = as_table(columns, cells.obs.index), a.report, a.notes
     if not predictor.bundle.calibration.cells: notes.append("nothing was calibrated: no cell is left unassigned, and confidences are no chances")
     if suffix == "csv":

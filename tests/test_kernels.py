@@ -1,0 +1,168 @@
+"Cells through folded layers: whatever way is taken, the numbers are those of the dense product."
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from scimlora import kernels
+from scimlora.base import load_base, load_head
+from scimlora.core import InputError
+from scimlora.data import align_cells
+from scimlora.examples import baron
+from scimlora.kernels import Layer, run_layers
+
+SAME = 1e-5
+SHAPES = [(1, 40, (8,)), (7, 300, (16, 4)), (500, 700, (300, 20, 8)), (1030, 1100, (520, 16))]
+
+
+def random_layers(n_genes, widths, seed=0, vector_slope=False):
+    rng = np.random.default_rng(seed)
+    f = lambda *s: rng.standard_normal(s).astype(np.float32)
+    ins = (n_genes, *widths[:-1])
+    slope = lambda i, n: np.empty(0, np.float32) if i == len(widths) - 1 else np.abs(f(n if vector_slope else 1)) / 2
+    return [Layer(f(a, b) / np.float32(a**0.5), f(b), slope(i, b)) for i, (a, b) in enumerate(zip(ins, widths))]
+
+
+def random_cells(n, n_genes, seed=0):
+    "Genes as unevenly expressed as real ones: a few in most cells, most in few, some in none."
+    rng = np.random.default_rng(seed)
+    share = rng.permutation(np.linspace(1, 0, n_genes) ** 6)
+    X = np.where(rng.random((n, n_genes)) < share, rng.exponential(2, (n, n_genes)), 0).astype(np.float32)
+    return sp.csr_matrix(X)
+
+
+def dense(layers, X):
+    "The same layers written down with torch's dense products in double precision."
+    h = torch.from_numpy(np.asarray(X.todense(), np.float64))
+    for layer in layers:
+        h = h @ torch.from_numpy(layer.weight).double() + torch.from_numpy(layer.bias).double()
+        if layer.slope.size: h = torch.nn.functional.prelu(h, torch.from_numpy(layer.slope).double())
+    return torch.nn.functional.normalize(h, dim=1).numpy()
+
+
+def far(a, b): return np.abs(np.asarray(a, np.float64) - b).max()
+
+
+@pytest.fixture(params=["plain", "compiled"])
+def way(request, monkeypatch):
+    "Both ways for matrices of any size: without numba, and with it."
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+        monkeypatch.setattr(kernels, "_LARGE", 0)
+    else: monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def real():
+    mini = load_base("mini")
+    return mini, align_cells(baron(), mini.genes).X
+
+
+@pytest.mark.parametrize("n, n_genes, widths", SHAPES)
+@pytest.mark.parametrize("vector_slope", [False, True])
+def test_random_shapes(way, n, n_genes, widths, vector_slope):
+    layers, X = random_layers(n_genes, widths, vector_slope=vector_slope), random_cells(n, n_genes)
+    assert far(run_layers(layers, X), dense(layers, X)) < SAME
+
+
+def test_real_cells_equal_the_module(way, real):
+    mini, X = real
+    with torch.no_grad(): want = mini.encoder(torch.from_numpy(X.toarray())).numpy()
+    assert far(run_layers(mini.layers, X), want) < SAME
+
+
+def test_one_cell_is_the_cell_among_others(way, real):
+    mini, X = real
+    whole = run_layers(mini.layers, X)
+    for i in (0, 1000, X.shape[0] - 1): assert far(run_layers(mini.layers, X[i]), whole[i]) < SAME
+
+
+def test_empty_rows_and_no_rows(way):
+    layers, X = random_layers(300, (64, 8)), random_cells(40, 300).tolil()
+    X[[0, 17, 39]] = 0
+    X = X.tocsr()
+    assert far(run_layers(layers, X), dense(layers, X)) < SAME
+    nothing = sp.csr_matrix((5, 300), dtype=np.float32)
+    assert far(run_layers(layers, nothing), dense(layers, nothing)) < SAME
+    assert run_layers(layers, X[:0]).shape == (0, 8)
+
+
+def test_unsorted_and_repeated_indices(way):
+    layers, X = random_layers(300, (64, 8)), random_cells(400, 300)
+    want, rng = dense(layers, X), np.random.default_rng(0)
+    order = np.concatenate([rng.permutation(np.arange(a, b)) for a, b in zip(X.indptr[:-1], X.indptr[1:])])
+    unsorted = sp.csr_matrix((X.data[order], X.indices[order], X.indptr), X.shape)
+    assert not unsorted.has_sorted_indices and far(run_layers(layers, unsorted), want) < SAME
+    halves = sp.csr_matrix((np.repeat(X.data[order] / 2, 2), np.repeat(X.indices[order], 2), X.indptr * 2), X.shape)
+    before = halves.data.copy()
+    assert far(run_layers(layers, halves), want) < SAME
+    assert halves.nnz == 2 * X.nnz and np.array_equal(halves.data, before)   # the caller's matrix is left as it was
+
+
+def test_other_types_and_strided_arrays(way):
+    layers, X = random_layers(300, (64, 8)), random_cells(400, 300)
+    want = dense(layers, X)
+    assert far(run_layers(layers, X.astype(np.float64)), want) < SAME and far(run_layers(layers, X.tocsc()), want) < SAME
+    wide = sp.csr_matrix((X.data, X.indices.astype(np.int64), X.indptr.astype(np.int64)), X.shape)
+    assert far(run_layers(layers, wide), want) < SAME
+    strided = [Layer(np.asfortranarray(layer.weight), layer.bias, layer.slope) for layer in layers]
+    assert far(run_layers(strided, X), want) < SAME
+
+
+def test_threads_and_batches(way, real):
+    mini, X = real
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run_layers(mini.layers, X)
+        torch.set_num_threads(2)
+        assert np.array_equal(run_layers(mini.layers, X), one)
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+    assert far(run_layers(mini.layers, X, batch=100), one) < SAME
+
+
+def test_a_failure_in_a_part_is_raised_and_threads_are_given_back(real, monkeypatch):
+    mini, X = real
+    before = torch.get_num_threads()
+    monkeypatch.setattr(kernels, "_rest", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError): run_layers(mini.layers, X)
+    assert torch.get_num_threads() == before
+
+
+def test_reduced_precision_keeps_the_labels(way, real):
+    mini, X = real
+    full, half = run_layers(mini.layers, X), run_layers(mini.layers, X, precision="bfloat16")
+    assert 0 < far(full, half) < 2e-2
+    weight, bias = load_head(mini.path)
+    label = lambda z: (z * z.shape[1]**0.5 @ weight.T + bias).argmax(1)
+    assert (label(full) == label(half)).mean() >= 0.999
+    with pytest.raises(InputError, match="precision 'int3'"): run_layers(mini.layers, X, precision="int3")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_over_a_device(real, dtype):
+    # The same code as for CUDA, with the processor as the device: what travels, becomes dense and comes back.
+    mini, X = real
+    got = kernels._on_device(mini.layers, X, torch.device("cpu"), dtype, 500)
+    assert far(got, run_layers(mini.layers, X)) < (SAME if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda(real):
+    mini, X = real
+    assert far(run_layers(mini.layers, X, device="cuda"), run_layers(mini.layers, X)) < 1e-4
+
+
+def test_devices():
+    assert kernels.find_device("cpu").type == "cpu" and kernels.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cuda:99", "tpu", "meta"):
+        with pytest.raises(InputError, match=f"device '{name}'"): kernels.find_device(name)
+
+
+def test_without_numba_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    kernels._compiled.cache_clear()
+    try: assert kernels._compiled() is None
+    finally: kernels._compiled.cache_clear()
