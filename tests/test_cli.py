@@ -122,7 +122,7 @@ def test_tune_without_baselines(cells_file, tmp_path):
 def test_the_manifest_says_where_a_bundle_comes_from(run):
     d, _ = run
     m, mini = read_json(d / "bundle" / "manifest.json"), Base.load("mini")
-    assert m["schema_version"] == 2 and m["seed"] == 5 and m["label"] == "cell_type" and m["donor"] == "library"
+    assert m["schema_version"] == 3 and m["seed"] == 5 and m["label"] == "cell_type" and m["donor"] == "library"
     assert m["base"] == {"name": "mini", "sha256": {f: sha256(mini.path / f) for f in ("encoder.ckpt", "gene_order.tsv")}}
     assert "log1p" in m["normalisation"] and "10,000" in m["normalisation"]
     assert m["split"] == read_json(d / "prepare.json")["split"], "the donors held out, by name, as prepare recorded them"

@@ -37,7 +37,7 @@ def test_import_and_help_load_no_numbers_machinery():
 def test_serving_loads_no_training_machinery(bundle_dir):
     code = f"""
 from scimlora.serve import answer, create_app
-predictor = create_app({str(bundle_dir)!r}).state.predictor
+predictor = create_app({str(bundle_dir)!r}).state.service.models.get()
 assert answer(predictor, [{{'INS': 9.0, 'IAPP': 7.5}}])[0]['cell_type']"""
     assert not loaded_by(code) & HEAVY
 
@@ -65,8 +65,8 @@ def test_many_cells_get_the_answers_of_few(bundle_dir, other_cells):
     few = [predictor.predict(cells[a:a + 40]) for a in range(0, len(cells), 40)]
     assert np.abs(many.proba - np.concatenate([p.proba for p in few])).max() < 1e-5
     assert (many.reason == np.concatenate([p.reason for p in few])).all()
-    separate = predictor.distances(cells.X, many.embedding)
-    assert np.abs(separate - predictor.distances(cells.X, many.embedding, predictor.base.embed(cells.X))).max() < 1e-6
+    z, frozen = predictor.embeddings(cells)
+    assert np.array_equal(z, many.embedding) and np.abs(frozen - predictor.base.embed(cells.X)).max() < 1e-6
 
 
 @pytest.fixture
