@@ -58,11 +58,19 @@ def directions(X, weights):
     return X
 
 # %% ../nbs/03ab_genepath.ipynb #bd5c9e95
-def _line(P, y, n_classes, C):
-    "Multinomial logistic regression on the rows of P, in the span of the rows; weights (n_features, n_classes) and bias."
+def _products(P):
+    "Products of the rows of P with each other; a dense product is faster here than a sparse one."
+    D = P.toarray()
+    return (D @ D.T).astype(np.float64)
+
+
+def _line(P, K, y, n_classes, C):
+    """Multinomial logistic regression on the rows of P, in the span of the rows, whose products are K.
+
+    Returns weights, (n_features, n_classes), and bias.
+    """
     from sklearn.linear_model import LogisticRegression  # predicting needs none
 
-    K = (P @ P.T).toarray().astype(np.float64)
     mean = K.mean(0)
     K = K - mean - mean[:, None] + K.mean()
     scale = max(np.diag(K).mean(), 1e-12)
@@ -103,7 +111,7 @@ def _draws(y, per, bags, rng):
 # %% ../nbs/03ab_genepath.ipynb #3d020e8b
 FEW_GENES = 200  # fewer genes are a panel and no whole cell
 _WHOLE = 0.9  # share of the mean squared direction in genes that are there
-_ANGLES = 0.25  # the angles' say beside the line where next to no gene is missing
+_ANGLES = 0.5  # the angles' say beside the line where next to no gene is missing
 
 
 def class_profiles(X, y, n_classes):
@@ -153,7 +161,7 @@ def _likelihoods(X, level, there):
 # %% ../nbs/03ab_genepath.ipynb #80d4e481
 @dataclass
 class GenePath:
-    "Hold a line over the genes and the embedding of a base, and the profiles of the classes."
+    "Hold a line over the genes of a base and, if asked, its embedding, and the profiles of the classes."
     weight: np.ndarray  # (n_genes, n_classes) float32, on directions
     embedding: np.ndarray  # (latent, n_classes) float32, on the frozen embedding
     bias: np.ndarray  # (n_classes,) float32
@@ -265,13 +273,15 @@ def _scales(path, X, z, y, rng):
 def _fitted(P, X, z, y, n_classes, prior, share, C, per, bags, seed):
     "A path without temperatures."
     F, a, b = _features(P, z, share)
-    lines = [_line(F[rows], y[rows], n_classes, C) for rows in _draws(y, per, bags, np.random.default_rng(seed))]
+    K = _products(F) if len(y) <= _MOST else None  # once for all lines
+    draws = _draws(y, per, bags, np.random.default_rng(seed))
+    lines = [_line(F[r], _products(F[r]) if K is None else K[np.ix_(r, r)], y[r], n_classes, C) for r in draws]
     W, bias = (np.mean([line[i] for line in lines], axis=0).astype(np.float32) for i in (0, 1))
     square, n = np.asarray(P.multiply(P).mean(0), np.float32).ravel(), P.shape[1]
     return GenePath(W[:n] * np.float32(a), W[n:] * np.float32(b), bias, square, prior.astype(np.float32), *class_profiles(X, y, n_classes), np.ones(6, np.float32))
 
 
-def fit_genepath(base, X, y, n_classes, measured=None, share=0.35, C=30.0, power=1.5, per=(25, 50), bags=16, seed=0):
+def fit_genepath(base, X, y, n_classes, measured=None, share=0.0, C=30.0, power=1.5, per=(25, 50), bags=16, seed=0):
     """Fit the gene path.
 
     Parameters

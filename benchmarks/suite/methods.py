@@ -165,7 +165,7 @@ def gene_path(d):
     def predict(cells):
         Z = cells.on(base.genes)
         return softmax(m.logits(Z, base.embed(Z), cells.measured(base.genes)) / t, axis=1)
-    return predict, with_base(base, m.weight.size + m.embedding.size + n)
+    return predict, with_base(base, m.weight.size + n)
 
 
 def product(d):
