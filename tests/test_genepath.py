@@ -116,3 +116,20 @@ def test_an_adapter_that_forgets_is_kept_weaker(baron_cells, tmp_path):
     back = Classifier.load(kept.save(tmp_path / "b"))
     assert np.abs(back.predict_proba(baron_cells) - kept.predict_proba(baron_cells)).max() < 1e-5
     assert "strength" not in whole.bundle.manifest["choice"], "nothing was measured, so nothing is claimed"
+
+
+def test_a_base_of_ones_own_is_found_again(baron_cells, tmp_path, monkeypatch):
+    "Tuned on a folder, opened from elsewhere with no word on where the base is; the bundle itself names no path."
+    import shutil
+
+    from scimlora.base import base_path
+
+    monkeypatch.setenv("SCIMLORA_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(base_path("mini"), tmp_path / "mine" / "atlas-base")
+    clf = Classifier.tune(baron_cells, "cell_type", base=tmp_path / "mine" / "atlas-base", epochs=1, steps=0, baselines=False)
+    path = clf.save(tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "cache")
+    assert np.abs(Classifier.load(path).predict_proba(baron_cells) - clf.predict_proba(baron_cells)).max() < 1e-5
+    assert str(tmp_path) not in (path / "manifest.json").read_text()
+    (tmp_path / "cache" / "bases.json").write_text("{")
+    with pytest.raises(InputError, match="--base DIR"): Classifier.load(path)
