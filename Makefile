@@ -28,11 +28,11 @@ $(VENV)/dev.stamp: $(DEPS)
 demo: install  ## the whole job on real cells: tune, measure, report
 	$(BIN)/scimlora demo
 
-# Two notebooks at a time with one thread each: nbdev would start a worker for every core, and torch a thread for every core in each.
+# Two at a time with one thread each: nbdev would start a worker for every core, and torch a thread for every core in each.
 test: install-dev  ## the demo, every notebook, every test
 	$(BIN)/scimlora demo
 	$(IN_ENV) OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	$(IN_ENV) python -m pytest
+	$(IN_ENV) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 export: install-dev  ## notebooks to modules, and both notebook folders clean
 	$(IN_ENV) nbdev_export
@@ -51,7 +51,7 @@ readme: install-dev  ## write README.md from nbs/index.ipynb
 	$(IN_ENV) python tools/make_readme.py
 
 colab: install-dev  ## run the Colab notebooks headless, with papermill
-	$(IN_ENV) OMP_NUM_THREADS=1 python colab/run.py --workers 2
+	$(IN_ENV) OMP_NUM_THREADS=1 python colab/run.py --workers 2 $(NOTEBOOKS)
 
 ui: install-dev  ## open the page on http://localhost:8501
 	$(IN_ENV) streamlit run ui/src/streamlit_app.py

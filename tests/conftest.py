@@ -15,6 +15,14 @@ os.environ.setdefault("SCIMLORA_PROGRESS", "0")
 TYPES = ("acinar", "alpha", "beta", "delta", "ductal", "gamma")
 
 
+@pytest.fixture(autouse=True)
+def own_main():
+    "Streamlit's test driver leaves the page in place of `__main__`, and every process that a later test starts would run it again."
+    main = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = main
+
+
 def some_cells(n_per_type, types=TYPES, skip=0):
     "Baron's pancreas cells: n of each type, spread over the three libraries; `skip` passes over the first ones."
     from scimlora.examples import baron
