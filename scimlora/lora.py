@@ -20,9 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from sklearn.metrics import f1_score
 from torch import nn
 
 from .base import fold, linear_names
+from .cached import CachedEncoder, flatten, unflatten
 from .core import InputError, progress, seed_everything
 from .heads import Head, make_head
 from .losses import LOSSES, Decoder, class_loss, distillation, donor_triplet, mask_genes, supervised_contrast
@@ -257,28 +259,31 @@ def tunable(encoder, config, X):
     return model.eval()
 
 # %% ../nbs/03_lora.ipynb #7fd6370d
-def _dense(X, rows):
-    return torch.from_numpy(X[rows].toarray())
+class _Plain:
+    "A module on given cells, as dense batches: for what is no LoRA, and for DoRA."
+
+    def __init__(self, model, X): self.model, self.X = model, X
+
+    def __call__(self, rows, mask=0.0): return self.model(mask_genes(torch.from_numpy(self.X[rows].toarray()), mask))
+
+    def over(self, X): return _Plain(self.model, X)
+
+    @torch.no_grad()
+    def embed(self, batch=1024):
+        return torch.cat([self(slice(a, a + batch)) for a in range(0, self.X.shape[0], batch)])
 
 
-def _embed_module(model, X, batch=1024):
-    with torch.no_grad():
-        return torch.cat([model(_dense(X, slice(a, a + batch))) for a in range(0, X.shape[0], batch)])
+def _encode(base, model, X, config):
+    "What embeds given cells with a module under training."
+    if config.method != "lora" or config.variant == "dora": return _Plain(model, X)
+    return CachedEncoder(base, model, X, keep=not config.mask_genes)
 
 
-def _macro_f1(y, predicted):
-    "Macro-F1 over the classes that are in y."
-    scores = []
-    for c in np.unique(y):
-        hit = ((predicted == c) & (y == c)).sum()
-        scores.append(2 * hit / max(1, (predicted == c).sum() + (y == c).sum()))
-    return float(np.mean(scores))
-
-
-def _score(model, head, X, y):
-    "Macro-F1 and mean loss on cells."
-    with torch.no_grad(): logits = head(_embed_module(model, X))
-    return _macro_f1(y.numpy(), logits.argmax(1).numpy()), F.cross_entropy(logits, y).item()
+def _score(z, head, y):
+    "Macro-F1 over the classes that are in y, and the mean loss, of embedded cells."
+    with torch.no_grad(): logits = head(z)
+    f1 = f1_score(y.numpy(), logits.argmax(1).numpy(), labels=y.unique().numpy(), average="macro", zero_division=0)
+    return float(f1), F.cross_entropy(logits, y).item()
 
 # %% ../nbs/03_lora.ipynb #710907ea
 class _Task:
@@ -303,42 +308,46 @@ class _Task:
         rows, self.queue = self.queue[:self.batch], self.queue[self.batch:]
         return rows
 
-    def loss(self, model, head, rows):
+    def loss(self, encode, head, rows):
         "Loss of a batch."
-        c, y, whole = self.config, self.y[rows], _dense(self.X, rows)
-        z = model(mask_genes(whole, c.mask_genes))
+        c, y, z = self.config, self.y[rows], encode(rows, self.config.mask_genes)
         out = class_loss(logits := head(z), y, self.share, c.loss)
         if self.teacher is not None: out = torch.lerp(out, F.kl_div(logits.log_softmax(1), self.teacher[rows], reduction="batchmean"), c.teach)
         if c.supcon: out = out + c.supcon * supervised_contrast(z, y)
         if c.triplet: out = out + c.triplet * donor_triplet(z, y, None if self.donors is None else self.donors[rows])
-        if c.reconstruction: out = out + c.reconstruction * F.mse_loss(self.decoder(z), whole)
+        if c.reconstruction: out = out + c.reconstruction * F.mse_loss(self.decoder(z), torch.from_numpy(self.X[rows].toarray()))
         if c.distill: out = out + c.distill * distillation(z, self.frozen[rows])
         return out
 
 # %% ../nbs/03_lora.ipynb #9d608389
-def _optimizer(model, head, task):
-    "AdamW and its schedule; B of an adapter and A of the genes at rates of their own, no decay towards zero for what a base has learned."
+def _groups(model, head, task):
+    "Parameters by rate: B of an adapter and A of the genes have rates of their own; no decay towards zero for what a base has learned."
     c, named = task.config, [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decay = 0.0 if c.method in ("bn", "full") else c.weight_decay
     slow = lambda n: "lora_A" in n and "network.0." in n
-    groups = [dict(params=[p for n, p in named if "lora_B" not in n and not slow(n)], weight_decay=decay),
-              dict(params=[p for n, p in named if slow(n)], lr=c.rate * c.a_rate),
-              dict(params=[p for n, p in named if "lora_B" in n], lr=c.rate * c.lora_plus),
-              dict(params=[*head.parameters(), *(task.decoder.parameters() if task.decoder else ())], lr=c.rate if c.method != "full" else _RATES["lora"])]
-    opt = torch.optim.AdamW([g for g in groups if g["params"]], lr=c.rate, weight_decay=c.weight_decay)
+    group = lambda params, rate=c.rate, decay=c.weight_decay: dict(params=[*params], lr=rate, weight_decay=decay)
+    groups = [group((p for n, p in named if "lora_B" not in n and not slow(n)), decay=0.0 if c.method in ("bn", "full") else c.weight_decay),
+              group((p for n, p in named if slow(n)), c.rate * c.a_rate), group((p for n, p in named if "lora_B" in n), c.rate * c.lora_plus),
+              group((*head.parameters(), *(task.decoder.parameters() if task.decoder else ())), c.rate if c.method != "full" else _RATES["lora"])]
+    return [g for g in groups if g["params"]]
+
+
+def _optimizer(model, head, task):
+    "AdamW and its schedule; the few and small parameters of LoRA in one piece."
+    c, groups = task.config, _groups(model, head, task)
+    opt = torch.optim.AdamW(flatten(groups) if c.method == "lora" else groups, fused=True)
     total = c.epochs * task.per_epoch
     rise = max(1, total // 10)
     share = lambda t: 1.0 if c.schedule == "constant" else (t + 1) / rise if t < rise else 0.5 + 0.5 * math.cos(math.pi * (t - rise) / max(1, total - rise))
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, share)
 
 
-def _epoch(model, head, opt, schedule, task):
+def _epoch(encode, model, head, opt, schedule, task):
     "The steps of one epoch; returns the mean loss."
     set_train_mode(model)
     total = 0.0
     for _ in range(task.per_epoch):
-        loss = task.loss(model, head, task.draw())
-        opt.zero_grad()
+        loss = task.loss(encode, head, task.draw())
+        opt.zero_grad(set_to_none=False)
         loss.backward()
         opt.step()
         schedule.step()
@@ -398,25 +407,26 @@ class _Best:
         for m, state in zip(modules, self.state): m.load_state_dict(state, strict=False)
 
 
-def _fit(model, head, task, val, best):
+def _fit(encode, model, head, task, val, best):
     "All epochs; returns the history."
     opt, schedule = _optimizer(model, head, task)
-    config, history = task.config, []
+    config, history, seen = task.config, [], None if val is None else encode.over(val[0])
     for epoch in (bar := progress(range(config.epochs), "fine-tuning", unit="epoch")):
-        row = {"epoch": epoch + 1, "loss": _epoch(model, head, opt, schedule, task)}
+        row = {"epoch": epoch + 1, "loss": _epoch(encode, model, head, opt, schedule, task)}
         if val is not None:
-            row["val_macro_f1"], row["val_loss"] = _score(model, head, *val)
+            row["val_macro_f1"], row["val_loss"] = _score(seen.embed(), head, val[1])
             best.see(row, model, head)
         history.append(row)
         bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k != "epoch"})
         if config.patience and best.since >= config.patience: break
+    if config.method == "lora": unflatten([*(p for p in model.parameters() if p.requires_grad), *head.parameters()])
     return history
 
 
 def _head(model, base, X, y, n_classes, config):
     "The head where it begins; for `linear` and `prototype` that is where it ends."
     kind, init = {"linear": ("linear", "logreg"), "prototype": ("linear", "centroids")}.get(config.method, (config.head, config.head_init))
-    z = None if init == "random" else _embed_module(model, X).numpy() if config.method == "bn" else base.embed(X)
+    z = None if init == "random" else _Plain(model, X).embed().numpy() if config.method == "bn" else base.embed(X)
     return make_head(kind, base.latent, n_classes, init, z, y.numpy())
 
 # %% ../nbs/03_lora.ipynb #01841b30
@@ -453,17 +463,17 @@ def train_lora(base, X, y, n_classes, config=None, val=None, donors=None, teache
     if val is not None: val = (val[0], torch.as_tensor(np.asarray(val[1]), dtype=torch.long))
     model = tunable(base.encoder, config, X)
     head, start, best = _head(model, base, X, y, n_classes, config), copy.deepcopy(model) if config.variant == "pissa" else None, _Best()
-    if config.method in ("linear", "prototype"): history = [_untrained(model, head, X, y, val)]
-    else: history = _fit(model, head, _Task(base, X, y, n_classes, config, donors, teacher), val, best)
+    if config.method in ("linear", "prototype"): history = [_untrained(base, head, X, y, val)]
+    else: history = _fit(_encode(base, model, X, config), model, head, _Task(base, X, y, n_classes, config, donors, teacher), val, best)
     if best.state is not None and config.keep_best: best.restore(model, head)
     counts = parameter_counts(model, head)
     adapter_config, adapter, model = _saved(model, start, base, config)
     return Tuned(adapter_config, adapter, head.served(), config, counts, history, model)
 
 
-def _untrained(model, head, X, y, val):
-    row = {"epoch": 0, "loss": _score(model, head, X, y)[1]}
-    if val is not None: row["val_macro_f1"], row["val_loss"] = _score(model, head, *val)
+def _untrained(base, head, X, y, val):
+    row = {"epoch": 0, "loss": _score(torch.from_numpy(base.embed(X)), head, y)[1]}
+    if val is not None: row["val_macro_f1"], row["val_loss"] = _score(torch.from_numpy(base.embed(val[0])), head, val[1])
     return row
 
 # %% ../nbs/03_lora.ipynb #99bbb792

@@ -275,6 +275,49 @@ def test_masked_training_serves_whole_cells(base, cells):
     assert far(run_layers(layers(base, t), cells[0]), embed(t.model, cells[0])) < SAME
 
 
+# The fast steps are the plain loop's ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [{}, dict(head="cosine"), dict(loss="balanced", supcon=0.1), dict(distill=1.0, triplet=1.0), dict(reconstruction=0.1), dict(a_rate=0.3, schedule="cosine")], ids=str)
+@pytest.mark.parametrize("kind", ["LoRA", "no first layer", "rsLoRA", "PiSSA", "LoRA+"])
+def test_the_cached_steps_have_the_losses_of_dense_ones(kind, extra, base, cells, monkeypatch):
+    "Encoder, validation and optimiser: with peft's module on dense cells, and AdamW over peft's own tensors, every epoch says the same."
+    import scimlora.lora as module
+
+    X, y, donors = cells
+    # AdamW divides by the size of a gradient, so rounding grows with every step at a high rate.
+    config = TuneConfig(**{"lr": 0.002, "epochs": 4, "steps": 40, **KINDS[kind], **extra})
+
+    def run(): return train_lora(base, X, y, 6, config, (X[:50], y[:50]), donors)
+
+    fast = run()
+    monkeypatch.setattr(module, "_encode", lambda base, model, X, config: module._Plain(model, X))
+    monkeypatch.setattr(module, "flatten", lambda groups: groups)
+    plain = run()
+    for name in ("loss", "val_loss", "val_macro_f1"): assert [h[name] for h in fast.history] == pytest.approx([h[name] for h in plain.history], rel=1e-3, abs=1e-4), name
+    assert far(embed(fast.model, X), embed(plain.model, X)) < 1e-3
+    assert fast.history[0]["loss"] > fast.history[-1]["loss"]
+
+
+def test_a_first_layer_that_does_not_fit_in_memory_lies_in_a_file(base, cells, monkeypatch):
+    import scimlora.cached as module
+
+    X, y, _ = cells
+    config = TuneConfig(lr=0.005, epochs=2, steps=10)
+    inside = train_lora(base, X, y, 6, config)
+    monkeypatch.setattr(module, "_LIMIT", 0)
+    monkeypatch.setattr(module.CachedEncoder.__init__, "__defaults__", (True, 0))
+    outside = train_lora(base, X, y, 6, config)
+    assert inside.history == outside.history
+
+
+def test_a_full_disk_is_said_before_training(base, cells, tmp_path):
+    from scimlora.cached import _mapped
+
+    with pytest.raises(InputError, match="TMPDIR"): _mapped(tmp_path / "first", (10**12, 1024))
+    assert not list(tmp_path.iterdir())
+
+
 # Epochs and steps ---------------------------------------------------------------------------------------------------------
 
 
