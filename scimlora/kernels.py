@@ -32,11 +32,11 @@ class Layer:
 
 # %% ../nbs/01b_kernels.ipynb #5ef83b59
 # Rate of a sparse value over that of a dense one, as measured with one thread on processors with AVX-512 and AMX.
-_SHARE = {("float32", True): 0.15, ("float32", False): 0.02, ("bfloat16", True): 0.05, ("bfloat16", False): 0.005}
+_SHARE = {("float32", True): 0.15, ("float32", False): 0.02, ("bfloat16", True): 0.07, ("bfloat16", False): 0.005}
 _GATHER = 3  # occurrences
 
 
-def split_genes(X, share):
+def split_genes(X, share, compiled=False):
     """Split genes into those worth a dense column and the rest.
 
     Parameters
@@ -44,6 +44,8 @@ def split_genes(X, share):
     X : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
     share : float
         A gene is frequent if more than this share of the cells, and three cells more, express it.
+    compiled : bool
+        Count with numba.
 
     Returns
     -------
@@ -52,58 +54,84 @@ def split_genes(X, share):
     rare : numpy.ndarray of int
         The other columns that occur at all, the most frequent first.
     """
-    count = np.bincount(X.indices, minlength=X.shape[1])
+    count = _compiled()["count"](X.indices, X.shape[1]) if compiled else np.bincount(X.indices, minlength=X.shape[1])
     order = np.argsort(-count, kind="stable")
     n, total = (int((count > t).sum()) for t in (_GATHER + share * X.shape[0], 0))
     return order[:n], order[n:total]
 
 # %% ../nbs/01b_kernels.ipynb #35f53d4f
-def _plain(X, weight, frequent, rare):
-    "The frequent genes as a dense array, (n_cells, n_frequent), and the product of the others with their weights."
-    if not len(frequent): return None, X @ weight
+def _linear(h, weight, bias, dtype):
+    "h @ weight + bias; the product in `dtype`, the rest in float32."
+    if dtype == torch.float32: return torch.addmm(bias, h, weight)
+    return (h.to(dtype) @ weight.to(dtype)).float().add_(bias)
+
+
+def _plain(X, layer, share, dtype):
+    "The first layer's output, (n_cells, width), before its bend and its correction."
+    frequent, rare = split_genes(X, share)
+    weight, bias = layer.weight, torch.from_numpy(layer.bias)
+    if not len(frequent): return torch.from_numpy(X @ weight).add_(bias)
     of_rare = np.zeros(X.shape[1], bool)
     of_rare[rare] = True
     keep = of_rare[X.indices]
     ends = np.concatenate([[0], np.cumsum(keep)])[X.indptr]
-    return X[:, frequent].toarray(), sp.csr_matrix((X.data[keep], X.indices[keep], ends), X.shape) @ weight
+    tail = sp.csr_matrix((X.data[keep], X.indices[keep], ends), X.shape) @ weight
+    return _linear(torch.from_numpy(X[:, frequent].toarray()), torch.from_numpy(weight[frequent]), bias, dtype).add_(torch.from_numpy(tail))
 
 # %% ../nbs/01b_kernels.ipynb #c93f704d
-_BLOCK, _COLUMNS = 512, 256  # 512 kB of weights: half of what a core's second cache holds, which it may have to share
+_BLOCK, _COLUMNS = 256, 512  # 512 kB of weights: half of what a core's second cache holds, which it may have to share
 
 
-def _deal(indptr, indices, data, block, place, ends, local, values, dense):
-    "Sort each cell's values by block; those of block 0, the frequent genes, go on to `dense[cell, place]`."
-    n_blocks = ends.shape[1] - 1
-    at = np.zeros(n_blocks + 1, np.int64)
+def _count(indices, n):
+    "How often each gene occurs."
+    out = np.zeros(n, np.int64)
+    for j in range(len(indices)): out[indices[j]] += 1
+    return out
+
+
+def _fill(indptr, indices, data, column, first, dense):
+    "Lay the cells from `first` on out in `dense`, as many as it has rows, each value in its gene's column."
+    dense[:] = 0
+    for i in range(len(dense)):
+        for j in range(indptr[first + i], indptr[first + i + 1]): dense[i, column[indices[j]]] = data[j]
+
+
+def _deal(indptr, indices, data, code, ends, local, values):
+    "Sort each cell's rare values by block. A gene's code is its block, from 1, and its place there; 0 if it is not rare."
+    n_blocks, done, widest, high = len(ends) - 1, 0, 0, np.uint32(16)
+    for i in range(len(indptr) - 1): widest = max(widest, indptr[i + 1] - indptr[i])
+    codes, found, at = np.empty(widest + 1, np.uint32), np.empty(widest + 1, np.float32), np.empty(n_blocks + 1, np.int64)
     for i in range(len(indptr) - 1):
-        at[:] = 0
-        for j in range(indptr[i], indptr[i + 1]): at[block[indices[j]] + 1] += 1
-        at[0] = indptr[i]
-        for b in range(n_blocks): at[b + 1] += at[b]
-        ends[i] = at
+        n = 0
         for j in range(indptr[i], indptr[i + 1]):
-            g = indices[j]
-            k = at[block[g]]
-            at[block[g]] = k + 1
-            local[k], values[k] = place[g], data[j]
-        for j in range(ends[i, 0], ends[i, 1]): dense[i, local[j]] = values[j]
+            codes[n], found[n] = code[indices[j]], data[j]
+            n += codes[n] != 0
+        at[:] = 0
+        for k in range(n): at[codes[k] >> high] += 1
+        for b in range(n_blocks): at[b + 1], ends[b, i], done = done, done, done + at[b + 1]
+        ends[n_blocks, i] = done
+        for k in range(n):
+            b = codes[k] >> high
+            local[at[b]], values[at[b]] = codes[k] & np.uint32(0xFFFF), found[k]
+            at[b] += 1
 
-
-def _multiply(weight, rare, ends, local, values, out):
-    "Fill `out` with the rare genes' values times their weights."
+# %% ../nbs/01b_kernels.ipynb #3dca215a
+def _multiply(weight, rare, ends, local, values, bias, out):
+    "Fill `out` with the rare genes' values times their weights, and the bias."
     n, width = out.shape
     piece, sums = np.empty(_BLOCK * _COLUMNS, np.float32), np.empty(n * _COLUMNS, np.float32)
     # Unsigned offsets: a signed one would be tested for counting from the end at each access.
     T = np.uint64(_COLUMNS)
     for first in range(0, width, _COLUMNS):
         m = min(_COLUMNS, width - first)
-        sums[:] = 0
-        for b in range(1, ends.shape[1] - 1):
-            genes = rare[(b - 1) * _BLOCK:b * _BLOCK]
+        for i in range(n):
+            for c in range(m): sums[i * _COLUMNS + c] = bias[first + c]
+        for b in range(len(ends) - 1):
+            genes = rare[b * _BLOCK:(b + 1) * _BLOCK]
             for k in range(len(genes)):
                 for c in range(m): piece[k * _COLUMNS + c] = weight[genes[k], first + c]
             for i in range(n):
-                j, end, s = ends[i, b], ends[i, b + 1], np.uint64(i) * T
+                j, end, s = ends[b, i], ends[b + 1, i], np.uint64(i) * T
                 while j + 4 <= end:
                     r0, r1 = np.uint64(local[j]) * T, np.uint64(local[j + 1]) * T
                     r2, r3 = np.uint64(local[j + 2]) * T, np.uint64(local[j + 3]) * T
@@ -117,10 +145,10 @@ def _multiply(weight, rare, ends, local, values, out):
         for i in range(n):
             for c in range(m): out[i, first + c] = sums[i * _COLUMNS + c]
 
-
+# %% ../nbs/01b_kernels.ipynb #b73362e9
 @functools.lru_cache
 def _compiled():
-    "Both loops compiled, or None without numba. Loaded late, since numba takes half a second."
+    "The loops compiled, by name, or None without numba. Loaded late, since numba takes half a second."
     if importlib.util.find_spec("numba") is None: return None
     from numba import njit
 
@@ -128,21 +156,51 @@ def _compiled():
         options = dict(nogil=True, fastmath=True, error_model="numpy")
         try: return njit(cache=True, **options)(f)
         except RuntimeError: return njit(**options)(f)  # no folder that a cache could be kept in
-    return compiled(_deal), compiled(_multiply)
+    return dict(count=compiled(_count), fill=compiled(_fill), deal=compiled(_deal), multiply=compiled(_multiply))
 
 
-def _fast(X, weight, frequent, rare):
-    "As `_plain`, with the compiled loops."
-    deal, multiply = _compiled()
-    n, rank = X.shape[0], np.arange(len(rare))
-    block, place = np.zeros(X.shape[1], np.uint16), np.zeros(X.shape[1], np.uint16)
-    place[frequent], block[rare], place[rare] = np.arange(len(frequent)), 1 + rank // _BLOCK, rank % _BLOCK
-    dense, out = np.zeros((n, len(frequent)), np.float32), np.empty((n, weight.shape[1]), np.float32)
-    ends = np.empty((n, -(-len(rare) // _BLOCK) + 2), np.int64)
+def _dealt(X, rare):
+    "The rare values of each cell, sorted by block: where each block ends, places in it, values."
+    code, rank = np.zeros(X.shape[1], np.uint32), np.arange(len(rare), dtype=np.uint32)
+    code[rare] = (1 + rank // _BLOCK << 16) | rank % _BLOCK
+    ends = np.empty((-(-len(rare) // _BLOCK) + 1, X.shape[0]), np.int32 if X.nnz < 2**31 else np.int64)
     local, values = np.empty(X.nnz, np.uint16), np.empty(X.nnz, np.float32)
-    deal(X.indptr, X.indices, X.data, block, place, ends, local, values, dense)
-    multiply(weight, rare, ends, local, values, out)
-    return dense if len(frequent) else None, out
+    _compiled()["deal"](X.indptr, X.indices, X.data, code, ends, local, values)
+    return ends, local, values
+
+
+def _sparse(X, layer, rare, dealt):
+    "The rare genes' share of the first layer's output, and the bias."
+    out = np.empty((X.shape[0], layer.bias.size), np.float32)
+    _compiled()["multiply"](layer.weight, rare, *dealt, layer.bias, out)
+    return torch.from_numpy(out)
+
+# %% ../nbs/01b_kernels.ipynb #f28e6d2b
+_ROWS = 1024  # cells at a time where all is dense: what passes from one step to the next stays in the cache
+
+
+def _add_dense(out, X, layer, frequent, dtype):
+    "Add the frequent genes' share to the first layer's output, in place."
+    column = np.full(X.shape[1], len(frequent), np.int32)  # the others share a column that is not read
+    column[frequent] = np.arange(len(frequent))
+    kept = torch.int16 if dtype == torch.bfloat16 else dtype  # numpy has no bfloat16; its bits travel as integers
+    data = torch.from_numpy(X.data).to(dtype).view(kept).numpy()
+    dense = torch.empty(min(_ROWS, len(out)), 16 * (len(frequent) // 16 + 1), dtype=dtype)
+    weight = torch.from_numpy(layer.weight[frequent]).to(dtype)
+    for a in range(0, len(out), _ROWS):
+        rows = dense[:len(out) - a]
+        _compiled()["fill"](X.indptr, X.indices, data, column, a, rows.view(kept).numpy())
+        part, h = out[a:a + _ROWS], rows[:, :len(frequent)]
+        if dtype == torch.float32: part.addmm_(h, weight)
+        else: part.add_(h @ weight)
+    return out
+
+
+def _fast(X, layer, share, dtype):
+    "As `_plain`, with the compiled loops."
+    frequent, rare = split_genes(X, share, compiled=True)
+    out = _sparse(X, layer, rare, _dealt(X, rare))
+    return _add_dense(out, X, layer, frequent, dtype) if len(frequent) else out
 
 # %% ../nbs/01b_kernels.ipynb #9b63ebc5
 PRECISIONS = ("float32", "bfloat16")
@@ -150,9 +208,10 @@ PRECISIONS = ("float32", "bfloat16")
 _LARGE = 2**31
 
 
-def _canonical(X):
-    "CSR of float32 with no column twice in a row; the dense block would keep one of two values."
-    X = sp.csr_matrix(X, dtype=np.float32)
+def _rows(X, a, b):
+    "Some rows of a CSR matrix as float32, not copied, with no column twice in a row; the dense block would keep one of two values."
+    start, end = X.indptr[a], X.indptr[b]
+    X = sp.csr_matrix((X.data[start:end], X.indices[start:end], X.indptr[a:b + 1] - start), (b - a, X.shape[1]), dtype=np.float32)
     if X.has_canonical_format: return X
     X = X.copy()
     X.sum_duplicates()
@@ -165,17 +224,20 @@ def _choice(X, layer, precision):
     return _fast if compiled else _plain, _SHARE[precision, compiled]
 
 
-def _linear(h, weight, bias, dtype):
-    "h @ weight + bias; the product in `dtype`, the rest in float32."
-    if dtype == torch.float32: return torch.addmm(bias, h, weight)
-    return (h.to(dtype) @ weight.to(dtype)).float().add_(bias)
-
-
 def _corrected(x, layer, h):
     "h and the layer's correction of low rank, if it has one; x is a tensor or a CSR matrix."
     if layer.left is None: return h
     small = torch.from_numpy(x @ layer.left) if sp.issparse(x) else x @ torch.from_numpy(layer.left)
     return h.addmm_(small, torch.from_numpy(layer.right))
+
+
+_HALF = weakref.WeakKeyDictionary()  # layer → its weight in bfloat16
+
+
+def _weight(layer, dtype):
+    if dtype == torch.float32: return torch.from_numpy(layer.weight)
+    if layer not in _HALF: _HALF[layer] = torch.from_numpy(layer.weight).to(dtype)
+    return _HALF[layer]
 
 
 def _bend(h, slope):
@@ -184,22 +246,23 @@ def _bend(h, slope):
 
 
 def _first(X, layer, way, share, dtype):
-    "The first layer's output, (n_cells, width)."
-    frequent, rare = split_genes(X, share)
-    dense, h = way(X, layer.weight, frequent, rare)
-    h, bias = torch.from_numpy(h), torch.from_numpy(layer.bias)
-    out = h.add_(bias) if dense is None else _linear(torch.from_numpy(dense), torch.from_numpy(layer.weight[frequent]), bias, dtype).add_(h)
-    return _corrected(X, layer, out)
+    "The first layer's output, (n_cells, width), before its bend."
+    return _corrected(X, layer, way(X, layer, share, dtype))
 
 
 def _rest(layers, h, dtype):
-    "From the first layer's output, before its bend, to points of unit length."
+    "From the first layer's output, before its bend, to points of unit length: a block of cells."
     h = _bend(h, layers[0].slope)
     for layer in layers[1:]:
         # The last layer costs nothing, and its rounding would be the answer's.
         kind = torch.float32 if layer is layers[-1] else dtype
-        h = _bend(_corrected(h, layer, _linear(h, torch.from_numpy(layer.weight), torch.from_numpy(layer.bias), kind)), layer.slope)
+        h = _bend(_corrected(h, layer, _linear(h, _weight(layer, kind), torch.from_numpy(layer.bias), kind)), layer.slope)
     return F.normalize(h, p=2, dim=1).numpy()
+
+
+def _finish(layers, h, dtype, out):
+    "Write the points of a part of the cells to `out`."
+    for a in range(0, len(h), _ROWS): out[a:a + _ROWS] = _rest(layers, h[a:a + _ROWS], dtype)
 
 # %% ../nbs/01b_kernels.ipynb #3e268c95
 _SENT = weakref.WeakKeyDictionary()  # layer → {(device, dtype): tensors}
@@ -314,18 +377,19 @@ def run_layers(layers, X, batch=4096, precision="float32", device="cpu"):
 def _run(layers, X, batch, precision, device, twin=None):
     "Embeddings by `layers`, and by the twin's second encoder if there is one."
     if precision not in PRECISIONS: raise InputError(f"precision '{precision}': choose one of {', '.join(PRECISIONS)}")
-    X, width, device = _canonical(X), layers[-1].bias.size, find_device(device)
+    X, width, device = sp.csr_matrix(X), layers[-1].bias.size, find_device(device)
     if device.type != "cpu":
+        X = _rows(X, 0, X.shape[0])
         return [_on_device(stack, X, device, getattr(torch, precision), batch) for stack in ([layers] if twin is None else [layers, twin.second])]
     way, share, dtype = *_choice(X, layers[0], precision), getattr(torch, precision)
     out = [np.empty((X.shape[0], width), np.float32) for _ in range(1 if twin is None else 2)]
 
     def work(a, b):
         with torch.inference_mode():
-            part = X[a:b]
+            part = _rows(X, a, b)
             h = _first(part, layers[0], way, share, dtype)
-            if twin is not None: out[1][a:b] = _rest(twin.second, h + twin.correction(part), dtype)
-            out[0][a:b] = _rest(layers, h, dtype)
+            if twin is not None: _finish(twin.second, h + twin.correction(part), dtype, out[1][a:b])
+            _finish(layers, h, dtype, out[0][a:b])
 
     _each(work, _parts(X.shape[0], batch))
     return out
@@ -347,13 +411,13 @@ def run_first(layer, X, out=None, batch=4096):
     numpy.ndarray of float32, shape (n_cells, width)
         `out`.
     """
-    X = _canonical(X)
+    X = sp.csr_matrix(X)
     way, share = _choice(X, layer, "float32")
     if out is None: out = np.empty((X.shape[0], layer.bias.size), np.float32)
     bounds = _parts(X.shape[0], batch)
 
     def work(a, b):
-        with torch.inference_mode(): out[a:b] = _first(X[a:b], layer, way, share, torch.float32).numpy()
+        with torch.inference_mode(): out[a:b] = _first(_rows(X, a, b), layer, way, share, torch.float32).numpy()
         bar.update(b - a)
 
     with progress(desc="first layer", total=X.shape[0], unit="cells") as bar: _each(work, bounds)

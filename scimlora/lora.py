@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from sklearn.metrics import f1_score
 from torch import nn
 
 from .base import fold, linear_names
@@ -281,6 +280,8 @@ def _encode(base, model, X, config):
 
 def _score(z, head, y):
     "Macro-F1 over the classes that are in y, and the mean loss, of embedded cells."
+    from sklearn.metrics import f1_score
+
     with torch.no_grad(): logits = head(z)
     f1 = f1_score(y.numpy(), logits.argmax(1).numpy(), labels=y.unique().numpy(), average="macro", zero_division=0)
     return float(f1), F.cross_entropy(logits, y).item()
