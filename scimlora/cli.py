@@ -18,7 +18,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import InputError, ScimloraError, check_output
+from .core import InputError, ScimloraError, check_output, leads
 
 # %% ../nbs/08_cli.ipynb #88b72acf
 app = typer.Typer(help="Teach SCimilarity your own atlas: LoRA adapters on a frozen single-cell foundation model.",
@@ -142,6 +142,7 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
     others = {} if retention is None else dict(retention=read_cells(retention), retention_label=retention_label)
     clf = Classifier.tune(read_cells(train), label, donor, base, config, preset, min_cells, baselines=baselines, units=units, title=title,
                           held_out=_held_out(train), **others)
+    if not leads(): return
     m = clf.bundle.manifest
     m["command"] = " ".join(["scimlora", *sys.argv[1:]])
     clf.save(out)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ScimloraError', 'InputError', 'atomic_path', 'atomic_dir', 'check_output', 'write_json', 'read_json', 'sha256',
-           'versions', 'seed_everything', 'progress']
+           'versions', 'seed_everything', 'leads', 'progress']
 
 # %% ../nbs/00_core.ipynb #b8098dbd
 import contextlib
@@ -224,6 +224,11 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #9b1bbf66
+def leads():
+    "Say whether this process is the one that writes and speaks: the first of those that torchrun or accelerate launched, or the only one."
+    return int(os.environ.get("WORLD_SIZE") or 1) == 1 or os.environ.get("RANK", "0") == "0"
+
+
 def progress(iterable=None, desc="", total=None, unit="it"):
     """Wrap an iterable in a progress bar with rate and time left (on stderr).
 
@@ -247,4 +252,4 @@ def progress(iterable=None, desc="", total=None, unit="it"):
 
     env = os.environ.get("SCIMLORA_PROGRESS")
     show = sys.stderr.isatty() if env is None else env != "0"
-    return tqdm(iterable, desc=desc, total=total, unit=unit, disable=not show, dynamic_ncols=True, leave=False)
+    return tqdm(iterable, desc=desc, total=total, unit=unit, disable=not show or not leads(), dynamic_ncols=True, leave=False)

@@ -27,6 +27,7 @@ from .cached import CachedEncoder, flatten, unflatten
 from .core import InputError, progress, seed_everything
 from .heads import Head, make_head
 from .losses import LOSSES, Decoder, class_loss, distillation, donor_triplet, mask_genes, supervised_contrast
+from .processes import SharedEncoder, average_gradients, join_processes
 from .splits import sampling_weights
 
 # %% ../nbs/03_lora.ipynb #26ea2f91
@@ -274,8 +275,10 @@ class _Plain:
 
 def _encode(base, model, X, config):
     "What embeds given cells with a module under training."
-    if config.method != "lora" or config.variant == "dora": return _Plain(model, X)
-    return CachedEncoder(base, model, X, keep=not config.mask_genes)
+    rank, size = join_processes()
+    plain = config.method != "lora" or config.variant == "dora"
+    encode = _Plain(model, X) if plain else CachedEncoder(base, model, X, keep=not config.mask_genes)
+    return encode if size == 1 else SharedEncoder(encode, rank, size)
 
 
 def _score(z, head, y):
@@ -350,6 +353,7 @@ def _epoch(encode, model, head, opt, schedule, task):
         loss = task.loss(encode, head, task.draw())
         opt.zero_grad(set_to_none=False)
         loss.backward()
+        if isinstance(encode, SharedEncoder): average_gradients(opt, encode.size)
         opt.step()
         schedule.step()
         total += loss.item()

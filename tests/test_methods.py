@@ -4,6 +4,8 @@ On a few hundred real pancreas cells (Baron et al. 2016) and a random encoder as
 """
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -316,6 +318,43 @@ def test_a_full_disk_is_said_before_training(base, cells, tmp_path):
 
     with pytest.raises(InputError, match="TMPDIR"): _mapped(tmp_path / "first", (10**12, 1024))
     assert not list(tmp_path.iterdir())
+
+
+TWO = """
+import json, sys
+import numpy as np, scipy.sparse as sp, torch
+from scimlora.base import Base, Encoder
+from scimlora.core import leads
+from scimlora.lora import TuneConfig, train_lora
+
+encoder = Encoder(400, (24, 20), 16)
+encoder.load_state_dict(torch.load("base.pt", weights_only=True))
+base = Base(encoder.eval().requires_grad_(False), [f"G{i}" for i in range(400)])
+X, y = sp.load_npz("X.npz"), np.load("y.npy")
+t = [train_lora(base, X, y, 6, TuneConfig(**c), (X[:50], y[:50])) for c in json.load(open("configs.json"))]
+print("JSON" + json.dumps([int(leads()), [r.history for r in t], [sum(v.abs().sum().item() for v in r.adapter.values()) for r in t]]), flush=True)
+"""
+
+
+def test_two_processes_train_as_one_does(base, cells, tmp_path):
+    "torchrun, two processes on the CPU: the same losses and scores, with a loss that compares all cells of a batch, cached steps and dense ones."
+    import scipy.sparse as sp
+
+    X, y, _ = cells
+    configs = [dict(lr=0.002, epochs=3, steps=30, batch=33, supcon=0.1), dict(lr=0.002, epochs=2, steps=10, variant="dora"), dict(lr=1e-3, epochs=1, steps=5, method="full")]
+    sp.save_npz(tmp_path / "X.npz", X), np.save(tmp_path / "y.npy", y)
+    torch.save(base.encoder.state_dict(), tmp_path / "base.pt")
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    (tmp_path / "two.py").write_text(TWO)
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert not run.returncode, run.stderr[-2000:]
+    said = sorted(json.loads(line.removeprefix("JSON")) for line in run.stdout.splitlines() if line.startswith("JSON"))
+    assert [s[0] for s in said] == [0, 1]  # one of the two writes and speaks
+    for config, *both in zip(configs, *(s[1] for s in said)):
+        alone = train_lora(base, X, y, 6, TuneConfig(**config), (X[:50], y[:50])).history
+        for history in both:
+            for name in alone[0]: assert [h[name] for h in history] == pytest.approx([h[name] for h in alone], rel=1e-3, abs=1e-4), (config, name)
+    assert said[0][2] == said[1][2]
 
 
 # Epochs and steps ---------------------------------------------------------------------------------------------------------
