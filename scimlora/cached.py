@@ -84,14 +84,14 @@ def _inner(layer, cells, h):
 
 # %% ../nbs/02f_cached.ipynb #9d9dabfc
 class _Chain(torch.autograd.Function):
-    "All layers of a batch as one function; its gradients are those of every A and B."
+    "All layers of a batch and the step onto the sphere as one function; its gradients are those of every A and B."
 
     @staticmethod
     def forward(ctx, layers, cells, p, *adapters):
         "`p`: the frozen first layer's output for the cells; changed in place."
         ctx.layers, ctx.kept, h = layers, [], None
         for layer in layers:
-            if h is not None: p = torch.addmm(layer.bias, h, layer.weight)
+            if h is not None: p = torch.mm(h, layer.weight).add_(layer.bias)
             u = seen = mask = B = None
             if layer.A is not None:
                 u, seen, mask = _inner(layer, cells, h)
@@ -99,11 +99,13 @@ class _Chain(torch.autograd.Function):
                 p.addmm_(u, B.t())
             ctx.kept.append((u, seen, mask, B, p))
             h = _bend(p, layer.slope)
-        return h
+        ctx.length = h.norm(dim=1, keepdim=True).clamp_min_(1e-12)
+        ctx.z = h / ctx.length
+        return ctx.z
 
     @staticmethod
     def backward(ctx, d):
-        grads = []
+        grads, d = [], (d - ctx.z * (d * ctx.z).sum(1, keepdim=True)) / ctx.length
         for i, (layer, (u, seen, mask, B, p)) in reversed([*enumerate(zip(ctx.layers, ctx.kept))]):
             d = _unbend(d, p, layer.slope)
             du = None
@@ -189,7 +191,7 @@ class CachedEncoder:
         cells.data = mask_genes(torch.from_numpy(cells.data), mask).numpy()
         if self.frozen is not None and not mask: p = torch.from_numpy(self.frozen[rows])
         else: p = torch.from_numpy(cells @ first.weight.numpy()).add_(first.bias)
-        return F.normalize(_Chain.apply(self.layers, cells, p, *self.adapters), p=2, dim=1)
+        return _Chain.apply(self.layers, cells, p, *self.adapters)
 
     @torch.no_grad()
     def embed(self, batch=1024):

@@ -351,7 +351,7 @@ def _epoch(encode, model, head, opt, schedule, task):
     total = 0.0
     for _ in range(task.per_epoch):
         loss = task.loss(encode, head, task.draw())
-        opt.zero_grad(set_to_none=False)
+        for p in (p for g in opt.param_groups for p in g["params"] if p.grad is not None): p.grad.zero_()
         loss.backward()
         if isinstance(encode, SharedEncoder): average_gradients(opt, encode.size)
         opt.step()
