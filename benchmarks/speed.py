@@ -23,6 +23,7 @@ import scipy.sparse as sp
 import torch
 
 from large_files import write_h5ad
+from speed_turns import in_turns, tiled
 from scimlora.base import Base, Encoder, load_base, load_head
 from scimlora.core import versions
 from scimlora.data import align_cells, find_counts, log1p_cp10k, obs_column
@@ -58,27 +59,11 @@ def base_for(names, folder):
     return base
 
 
-def tiled(X, n):
-    return sp.vstack([X] * -(-n // X.shape[0]), format="csr")[:n]
-
-
 def aligned(X, names, genes, n):
     "log1p CP10K in the base's gene order, tiled to n cells."
     place = {g: i for i, g in enumerate(genes)}
     to = np.array([place[g] for g in names])
     return tiled(log1p_cp10k(sp.csr_matrix((X.data, to[X.indices], X.indptr), (X.shape[0], len(genes)))), n)
-
-
-def in_turns(jobs, rounds):
-    "Median seconds of each job, run in turns after one call each that is not counted."
-    for f in jobs.values(): f()
-    seconds = {k: [] for k in jobs}
-    for _ in range(rounds):
-        for k, f in jobs.items():
-            start = time.perf_counter()
-            f()
-            seconds[k].append(time.perf_counter() - start)
-    return {k: float(np.median(v)) for k, v in seconds.items()}
 
 
 def embedding(base, upstream, kinds, rounds):

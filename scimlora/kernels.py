@@ -308,20 +308,43 @@ def _send(values, device):
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
+def _dense_on(part, device):
+    "Cells as a dense tensor on a device."
+    # The number of values is told, since the device would have to be waited for to count them.
+    rows = torch.repeat_interleave(_send(np.diff(part.indptr), device), output_size=part.nnz)
+    h = torch.zeros(part.shape, device=device)
+    h[rows, _send(part.indices, device).long()] = _send(part.data, device)
+    return h
+
+
+def _on_its_way(h):
+    "A result on its way back, and what to wait for."
+    if h.device.type != "cuda": return h, None
+    here, arrived = torch.empty(h.shape, dtype=h.dtype, pin_memory=True), torch.cuda.Event()
+    here.copy_(h, non_blocking=True)
+    arrived.record()
+    return here, arrived
+
+
+def _arrived(h, event):
+    if event is not None: event.synchronize()
+    return h.numpy()
+
+
 @torch.inference_mode()
 def _on_device(layers, X, device, dtype, batch):
-    "Embed with dense products on a device."
-    out = np.empty((X.shape[0], layers[-1].bias.size), np.float32)
+    "Embed with dense products on a device, which computes one batch while the next is sent."
+    out, pending = np.empty((X.shape[0], layers[-1].bias.size), np.float32), None
     for a in range(0, X.shape[0], batch):
-        part = X[a:a + batch]
-        rows = torch.repeat_interleave(_send(np.diff(part.indptr), device))
-        h = torch.zeros(part.shape, device=device)
-        h[rows, _send(part.indices, device).long()] = _send(part.data, device)
+        h = _dense_on(_rows(X, a, min(a + batch, X.shape[0])), device)
         for layer in layers:
             weight, bias, slope = _sent(layer, device, torch.float32 if layer is layers[-1] else dtype)
             h = _linear(h, weight, bias, weight.dtype)
             if slope.numel(): h = F.prelu(h, slope)
-        out[a:a + batch] = F.normalize(h, p=2, dim=1).cpu().numpy()
+        coming = _on_its_way(F.normalize(h, p=2, dim=1))
+        if pending: out[a - batch:a] = _arrived(*pending)
+        pending = coming
+    if pending: out[a:] = _arrived(*pending)
     return out
 
 # %% ../nbs/01b_kernels.ipynb #25730ebf
@@ -379,7 +402,6 @@ def _run(layers, X, batch, precision, device, twin=None):
     if precision not in PRECISIONS: raise InputError(f"precision '{precision}': choose one of {', '.join(PRECISIONS)}")
     X, width, device = sp.csr_matrix(X), layers[-1].bias.size, find_device(device)
     if device.type != "cpu":
-        X = _rows(X, 0, X.shape[0])
         return [_on_device(stack, X, device, getattr(torch, precision), batch) for stack in ([layers] if twin is None else [layers, twin.second])]
     way, share, dtype = *_choice(X, layers[0], precision), getattr(torch, precision)
     out = [np.empty((X.shape[0], width), np.float32) for _ in range(1 if twin is None else 2)]
