@@ -8,7 +8,7 @@ IN_ENV = PATH="$$PWD/$(BIN):$$PATH"
 TORCH = 2.13.0
 DEPS = settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench bench-large benchmark-science benchmark-panels bench-unknown bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
+.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench bench-gpu bench-large benchmark-science benchmark-panels bench-unknown bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -75,6 +75,9 @@ $(PEERS)/made.stamp: benchmarks/requirements-peers.txt
 
 bench: install-dev $(PEERS)/made.stamp  ## speed and memory beside SCimilarity, CellTypist and scikit-learn: benchmarks/RESULTS.md
 	$(IN_ENV) python benchmarks/speed.py --peers $(PEERS) $(ARGS)
+
+bench-gpu: install-dev  ## embedding on a graphics card, where there is one: benchmarks/GPU.md
+	$(IN_ENV) python benchmarks/gpu.py $(ARGS)
 
 benchmark-science: install-dev $(PEERS)/made.stamp  ## methods against tuned peers on held-out donors, goes on where it stopped: benchmarks/SCIENCE.md
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/science.py $(ARGS)
