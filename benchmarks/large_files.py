@@ -10,10 +10,7 @@ import argparse
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import anndata as ad
@@ -21,6 +18,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from speed_turns import child
 from scimlora.core import versions
 from scimlora.data import find_counts, obs_column
 from scimlora.examples import baron, shared, shared_dir
@@ -88,12 +86,8 @@ def to_zarr(source, path):
 
 def run(*args):
     "Run the command line; return seconds, peak resident memory in GB and the last line that it printed."
-    start = time.time()
-    p = subprocess.Popen([sys.executable, "-m", "scimlora", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    text = p.stdout.read()
-    _, status, usage = os.wait4(p.pid, 0)
-    if status: raise SystemExit(f"scimlora {args[0]} failed: {text.strip().splitlines()[-1]}")
-    return time.time() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, text.strip().splitlines()[-1]
+    seconds, peak, text = child("-m", "scimlora", *args)
+    return seconds, peak / 1e9, text.strip().splitlines()[-1]
 
 
 def size_of(path): return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e9 if path.is_dir() else path.stat().st_size / 1e9

@@ -23,7 +23,7 @@ import scipy.sparse as sp
 import torch
 
 from large_files import write_h5ad
-from speed_turns import in_turns, tiled
+from speed_turns import child, in_turns, tiled
 from scimlora.base import Base, Encoder, load_base, load_head
 from scimlora.core import versions
 from scimlora.data import align_cells, find_counts, log1p_cp10k, obs_column
@@ -163,16 +163,6 @@ def profile(layers, X, rounds, part=4096):
     names = dict(split="count genes and split them", deal="sort the rare values by block", sparse=f"long tail, {(X.nnz - held) / X.shape[0]:,.0f} values, sparse",
                  dense=f"{len(frequent):,} frequent genes, laid out and multiplied", rest="layers after the first")
     return [dict(step=names[k], us=f"{v:.1f}", share=share[k], rate=f"{flop[k] / v / 1e3:,.0f}" if k in flop else "") for k, v in took.items()]
-
-
-def child(*args):
-    "Run this script's own child job, or the command line, in a process of its own: seconds, peak resident bytes, output."
-    start = time.perf_counter()
-    p = subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    out = p.stdout.read()
-    _, status, usage = os.wait4(p.pid, 0)
-    if status: raise SystemExit(f"{' '.join(map(str, args))} failed: {out.strip()[-500:]}")
-    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), out
 
 
 def embed_alone(package, folder, cells):
