@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trouble', 'Annotated', 'sentence', 'Local', 'Remote']
 
-# %% ../nbs/06da_backends.ipynb #0f726620
+# %% ../nbs/06da_backends.ipynb #d1e307e7
 import json
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from .page import Looked, look
 from .predict import Predictor, in_this_process
 from .uploads import KINDS, annotate_upload, examine_upload, held
 
-# %% ../nbs/06da_backends.ipynb #d8540b50
+# %% ../nbs/06da_backends.ipynb #49ce9b73
 class Trouble(ScimloraError):
     "Say in sentences for a biologist what went wrong and what to do."
 
@@ -34,7 +34,7 @@ def sentence(text, file=""):
         if file and text.startswith(f"file{kind}:"): return f"{file}{text.removeprefix(f'file{kind}')}."
     return f"{text[:1].upper()}{text[1:]}."
 
-# %% ../nbs/06da_backends.ipynb #732d57da
+# %% ../nbs/06da_backends.ipynb #ccde5c82
 class Local:
     """Answer with a bundle in this process.
 
@@ -90,7 +90,7 @@ class Local:
             with held(data, name) as path: return job(path)
         except ScimloraError as e: raise Trouble(sentence(e, name)) from None
 
-# %% ../nbs/06da_backends.ipynb #a1e69df1
+# %% ../nbs/06da_backends.ipynb #c76d3fa5
 _TOO_LARGE = "This is larger than the service accepts. Send fewer cells at a time, or use `scimlora annotate` on a machine of your own."
 
 
@@ -115,7 +115,10 @@ class Remote:
     @property
     def genes(self):
         "The genes of the service's model."
-        if self._genes is None: self._genes = self._json("GET", "/genes")["genes"]
+        if self._genes is None:
+            found = self._json("GET", "/genes")
+            if not isinstance(found, dict) or not isinstance(found.get("genes"), list): raise self._stranger()
+            self._genes = found["genes"]
         return self._genes
 
     def model(self):

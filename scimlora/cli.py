@@ -164,11 +164,13 @@ def evaluate(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad 
              label: Annotated[Optional[str], typer.Option("--label", help="column of obs; by default the one trained on")] = None,
              kept: Annotated[Optional[Path], typer.Option("--retention", help="labelled cells of other tissues, to measure forgetting")] = None,
              kept_label: Annotated[str, typer.Option("--retention-label", help="column of obs with their types")] = "cell_type",
+             record: Annotated[bool, typer.Option("--record", help="also write the numbers into the bundle, for its card and the page")] = False,
              base: BaseOpt = None, units: UnitsOpt = "auto"):
     "Compare a bundle with the base and the baselines on test cells."
     from scimlora.evaluation import comparison, save_evaluation
     from scimlora.files import read_cells
     from scimlora.forgetting import save_forgetting
+    from scimlora.page import record_evaluation
     from scimlora.report import verdict
 
     check_output(out, folder=True)
@@ -176,6 +178,7 @@ def evaluate(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad 
     if kept is not None: metrics["forgetting"] = clf.forgetting(read_cells(kept), kept_label, cells, table.label, kept.name)
     save_evaluation(metrics, table, out)
     if kept is not None: save_forgetting(metrics["forgetting"], out)
+    if record: record_evaluation(clf.bundle, metrics, table, test.name)
     print(comparison(metrics).round(3).to_string())
     print(verdict(metrics))
     if metrics["unseen_labels"]: _say("note: never taught, left out of the scores: " + ", ".join(f"{k} ({v})" for k, v in metrics["unseen_labels"].items()))

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST', 'parse_genes', 'genes_to_link', 'genes_from_link', 'presets', 'preset_text', 'some_rows', 'pca_xy', 'leiden',
-           'cluster_cells', 'vote', 'per_cluster', 'marker_dots', 'Looked', 'look', 'reliability', 'for_the_page']
+           'cluster_cells', 'vote', 'per_cluster', 'marker_dots', 'Looked', 'look', 'reliability', 'for_the_page',
+           'record_evaluation']
 
-# %% ../nbs/06d_page.ipynb #d0f04c1e
+# %% ../nbs/06d_page.ipynb #cddf15ed
 import re
 import warnings
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ import pandas as pd
 import scipy.sparse as sp
 
 from .base import BASES
+from .bundle import save_bundle
 from .causes import type_profiles
 from .core import InputError
 from .data import Alignment
 from .files import add_columns, open_cells
 from .predict import as_table
 
-# %% ../nbs/06d_page.ipynb #3c93c9e9
+# %% ../nbs/06d_page.ipynb #c8714727
 _HEADINGS = {"gene", "genes", "symbol", "gene_symbol", "gene_name", "feature", "feature_name", "name"}
 
 
@@ -70,7 +72,7 @@ def parse_genes(text):
     usual = sum(given) / len(given) if given else 1.0
     return {g: usual if v is None else v for g, v in cell.items()}
 
-# %% ../nbs/06d_page.ipynb #3e45e411
+# %% ../nbs/06d_page.ipynb #3990b42d
 _LONGEST = 60  # genes in a link: a browser's address ends somewhere
 
 
@@ -85,7 +87,7 @@ def genes_from_link(word):
     "Return what `genes_to_link` made as a person would paste it."
     return "\n".join(part.replace(":", " ") for part in word.split(","))
 
-# %% ../nbs/06d_page.ipynb #85b0c4af
+# %% ../nbs/06d_page.ipynb #63a95368
 def _plain(label):
     return re.sub(r"[^a-z0-9]|cells?$", "", label.lower()).rstrip("s")
 
@@ -113,7 +115,7 @@ def preset_text(table):
     "Write an example as a person would paste it."
     return "\n".join(f"{g} {v:g}" for g, v in zip(table.gene, table.value))
 
-# %% ../nbs/06d_page.ipynb #035ec354
+# %% ../nbs/06d_page.ipynb #c279474e
 MOST = 5000  # cells on the map: more would cost the browser and say no more
 
 
@@ -184,7 +186,7 @@ def cluster_cells(z, rows, batch=4096):
     out[rows] = found
     return out
 
-# %% ../nbs/06d_page.ipynb #5743d873
+# %% ../nbs/06d_page.ipynb #d5a0936e
 def vote(table, clusters):
     """Add clusters, and each cluster's most frequent label.
 
@@ -223,7 +225,7 @@ def per_cluster(table):
                                    confidence=("confidence", "mean"))
     return out.sort_values("cells", ascending=False, kind="stable").reset_index()
 
-# %% ../nbs/06d_page.ipynb #aa98c641
+# %% ../nbs/06d_page.ipynb #f070ec06
 def marker_dots(X, genes, labels, n_types=10, n_genes=3):
     """Find what marks each label, and how strongly each label's cells express it.
 
@@ -256,7 +258,7 @@ def marker_dots(X, genes, labels, n_types=10, n_genes=3):
         out += [dict(cell_type=c, gene=genes[j], marks=m, share=float(s), mean=float(found.means[i, j])) for (j, m), s in zip(chosen.items(), share)]
     return pd.DataFrame(out)
 
-# %% ../nbs/06d_page.ipynb #291c0f8b
+# %% ../nbs/06d_page.ipynb #9b64b4d4
 @dataclass
 class Looked:
     "Hold what the page shows of an annotated file."
@@ -304,7 +306,7 @@ def look(path, genes, units="auto", notes=(), most=MOST):
     dots = marker_dots(_sample(path, genes, units, rows), genes, table.cell_type.where(~table.unassigned, "unassigned").to_numpy(object)[rows])
     return Looked(table, per_cluster(table), dots[dots.marks != "unassigned"], rows, z[rows], list(notes))
 
-# %% ../nbs/06d_page.ipynb #68d09ece
+# %% ../nbs/06d_page.ipynb #db760be4
 def reliability(confidence, right, bins=10):
     """Return how often cells of a confidence are called rightly.
 
@@ -342,3 +344,25 @@ def for_the_page(table):
     m = pd.crosstab(table.label, table.cell_type).reindex(index=names, columns=names, fill_value=0)
     right = (table.label == table.cell_type).to_numpy()
     return dict(confusion=dict(labels=names, cells=m.to_numpy().tolist()), reliability=reliability(table.confidence.to_numpy(float), right))
+
+# %% ../nbs/06d_page.ipynb #e24cec7e
+def record_evaluation(bundle, metrics, table, on):
+    """Write an evaluation into a bundle, for its card and the page.
+
+    Parameters
+    ----------
+    bundle : scimlora.bundle.Bundle
+        Opened from a folder, which is written anew.
+    metrics, table : dict, pandas.DataFrame
+        From `scimlora.evaluation.evaluate`.
+    on : str
+        What it was tested on, in words.
+
+    Raises
+    ------
+    InputError
+        If it is no bundle of yours: it comes with the package, or is a base.
+    """
+    if bundle.path is None or bundle.path.parent == BASES: raise InputError(f"{bundle.manifest.get('title', 'this')}: is no folder that scimlora tune wrote, so nothing is recorded in it")
+    bundle.manifest |= dict(metrics=metrics | for_the_page(table), metrics_on=on)
+    save_bundle(bundle, bundle.path)
