@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trouble', 'Annotated', 'sentence', 'Local', 'Remote']
 
-# %% ../nbs/06da_backends.ipynb #d1e307e7
+# %% ../nbs/06da_backends.ipynb #1b300aa4
 import json
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from .page import Looked, look
 from .predict import Predictor, in_this_process
 from .uploads import KINDS, annotate_upload, examine_upload, held
 
-# %% ../nbs/06da_backends.ipynb #49ce9b73
+# %% ../nbs/06da_backends.ipynb #0ecbc610
 class Trouble(ScimloraError):
     "Say in sentences for a biologist what went wrong and what to do."
 
@@ -34,7 +34,12 @@ def sentence(text, file=""):
         if file and text.startswith(f"file{kind}:"): return f"{file}{text.removeprefix(f'file{kind}')}."
     return f"{text[:1].upper()}{text[1:]}."
 
-# %% ../nbs/06da_backends.ipynb #ccde5c82
+
+def _called(name, found):
+    "Findings on a file, called as its owner calls it."
+    return found | dict(file=name, text=found["text"].replace(found["file"], name, 1))
+
+# %% ../nbs/06da_backends.ipynb #a6644ffb
 class Local:
     """Answer with a bundle in this process.
 
@@ -68,7 +73,7 @@ class Local:
 
     def findings(self, name, data, units="auto"):
         "Return the doctor's examination of a file."
-        return self._on_file(name, data, lambda path: examine_upload(path, self._predictor.base, units) | dict(file=name))
+        return self._on_file(name, data, lambda path: _called(name, examine_upload(path, self._predictor.base, units)))
 
     def annotate(self, name, data, units="auto", done=lambda share: None):
         "Annotate a file and return an `Annotated`; `done` is told the share of cells that are."
@@ -90,7 +95,7 @@ class Local:
             with held(data, name) as path: return job(path)
         except ScimloraError as e: raise Trouble(sentence(e, name)) from None
 
-# %% ../nbs/06da_backends.ipynb #c76d3fa5
+# %% ../nbs/06da_backends.ipynb #99f631dc
 _TOO_LARGE = "This is larger than the service accepts. Send fewer cells at a time, or use `scimlora annotate` on a machine of your own."
 
 
@@ -133,7 +138,7 @@ class Remote:
 
     def findings(self, name, data, units="auto"):
         "Return the doctor's examination of a file."
-        return self._json("POST", "/examine", name, params={"units": units}, files={"file": (name, data)}) | dict(file=name)
+        return _called(name, self._json("POST", "/examine", name, params={"units": units}, files={"file": (name, data)}))
 
     def annotate(self, name, data, units="auto", done=lambda share: None):
         "Annotate a file and return an `Annotated`."

@@ -2,8 +2,6 @@
 
     python tools/make_presets.py        needs scimlora[demo] and the shared cells (SCIMLORA_DATA)
 """
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 

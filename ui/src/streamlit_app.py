@@ -219,8 +219,8 @@ def show_map(seen, xy):
     "Show the cells as points."
     st.subheader("A map of the cells")
     with st.container(horizontal=True):
-        how = st.segmented_control("Laid out by", ["UMAP", "PCA"], default="UMAP", required=True, key="layout")
-        by = st.selectbox("Coloured by", list(COLOURS), format_func=COLOURS.get, key="coloured", width=220)
+        how = st.segmented_control("Laid out by", ["UMAP", "PCA"], default="UMAP", required=True, key="layout", bind="query-params")
+        by = st.selectbox("Coloured by", list(COLOURS), format_func=COLOURS.get, key="coloured", width=220, bind="query-params")
     if how not in xy:
         with st.spinner("Laying out the cells …"): xy[how] = laid_out(seen.z, how)
     t = seen.table.iloc[seen.rows]
@@ -321,9 +321,11 @@ SECTIONS = (("baselines", show_comparison, "the comparison with simpler methods"
 
 def about(model):
     "Show the model's card: what it is, what it was taught, what it cannot do."
-    st.markdown(f"LoRA adapters and a head for **{len(model['labels'])} cell types** on the frozen base model **{model['base']['name']}**, "
-                f"taught with {model['training']['cells']:,} cells; {model['parameters']['trainable']:,} parameters "
-                f"({model['parameters']['fraction']:.1%}) were trained.")
+    if not model["training"]["cells"]: st.markdown(f"The base model **{model['base']['name']}** with its own {len(model['labels'])} labels; nothing was fine-tuned.")
+    else:
+        st.markdown(f"LoRA adapters and a head for **{len(model['labels'])} cell types** on the frozen base model **{model['base']['name']}**, "
+                    f"taught with {model['training']['cells']:,} cells; {model['parameters']['trainable']:,} parameters "
+                    f"({model['parameters']['fraction']:.1%}) were trained.")
     st.subheader("What it was taught")
     taught, terms = model["training"].get("per_class", {}), model["labels"]
     rows = pd.DataFrame([dict(type=k, cells=taught.get(k), term=terms[k] if isinstance(terms, dict) else None) for k in terms])
@@ -335,7 +337,7 @@ def about(model):
     st.subheader("What it cannot do")
     st.markdown("It knows no other cell types than these. Cells far from all of them are marked unassigned, which does not catch "
                 "every stranger. Not for clinical use.")
-    st.caption(f"Made {str(model.get('created', ''))[:10]} with [scimlora](https://github.com/scimlora/scimlora) {model['versions'].get('scimlora', '')}.")
+    st.caption(f"Made with [scimlora](https://github.com/scimlora/scimlora) {model['versions'].get('scimlora', '')}.")
 
 
 def main():
