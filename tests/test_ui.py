@@ -1,6 +1,8 @@
 """The page, by Streamlit's own test driver: every tab, and a plain sentence for every failure."""
 import http.server
 import io
+import json
+import os
 import re
 import shutil
 import socket
@@ -17,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import yaml
 
 pytest.importorskip("streamlit", reason="the page needs streamlit: pip install 'scimlora[ui]'")
 from streamlit.testing.v1 import AppTest
@@ -443,15 +446,71 @@ def test_the_examples_are_genes_of_the_base():
     assert share.min() > .8 and table.value.between(0, 10).all() and not table.duplicated(["cell_type", "gene"]).any()
 
 
-def test_the_space_keeps_its_contract():
-    front = dict(line.split(": ", 1) for line in (UI / "README.md").read_text(encoding="utf-8").split("---")[1].strip().splitlines())
-    assert front["sdk"] == "docker" and front["app_port"] == "8501" and len(front["short_description"]) <= 60
-    docker = (UI / "Dockerfile").read_text(encoding="utf-8")
-    assert "python:3.11-slim" in docker and "--uid 1000" in docker and "USER user" in docker and "HEALTHCHECK" in docker
-    assert "src/streamlit_app.py" in docker and "--server.port=8501" in docker and "--server.address=0.0.0.0" in docker
+# What the Hub documents of a Space's front matter (huggingface.co/docs/hub/spaces-config-reference).
+COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+KEYS = {"title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "python_version", "app_file", "app_port", "base_path", "fullWidth", "header", "short_description", "models", "datasets",
+        "tags", "thumbnail", "pinned", "hf_oauth", "disable_embedding", "startup_duration_timeout", "custom_headers", "preload_from_hub", "suggested_hardware", "suggested_storage", "license"}
+
+
+def test_the_front_matter_keeps_the_spaces_contract():
+    front = yaml.safe_load((UI / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert front["sdk"] == "docker" and front["app_port"] == 8501 and front.keys() <= KEYS
+    assert {front["colorFrom"], front["colorTo"]} <= COLOURS and len(front["short_description"]) <= 60 and front["pinned"] is False and 1 <= len(front["emoji"]) <= 2
+
+
+def test_the_dockerfile_keeps_the_spaces_contract():
+    lines = [line.split(None, 1) for line in (UI / "Dockerfile").read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
+    said = [(k, v) for k, v in lines if k.isupper()]
+    names = [k for k, _ in said]
+    assert names[0] == "FROM" and dict(said)["USER"] == "user" and any("--uid 1000" in v for k, v in said if k == "RUN")
+    # What user 1000 is to read and write is copied for it, after it has become the user.
+    assert all(v.startswith("--chown=user ") for k, v in said if k in ("COPY", "ADD")) and names.index("USER") < names.index("COPY")
+    assert dict(said)["EXPOSE"] == "8501" and json.loads(dict(said)["CMD"])[:3] == ["streamlit", "run", "src/streamlit_app.py"]
+    assert "--server.port=8501" in dict(said)["CMD"] and "--server.address=0.0.0.0" in dict(said)["CMD"] and "HEALTHCHECK" in names
+    for k, v in said:
+        if k == "COPY" and v.split()[1] != ".": assert (UI / v.split()[1]).exists()
+
+
+def test_what_the_space_installs_is_what_the_page_imports():
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in (UI / "requirements.txt").read_text(encoding="utf-8").splitlines() if line]
+    assert [(r.name, r.extras) for r in wanted] == [("scimlora", {"ui"})] and wanted[0].url.startswith("https://github.com/scimlora/scimlora/")
+    extra = dict(line.split(" = ", 1) for line in (UI.parent / "settings.ini").read_text(encoding="utf-8").splitlines() if " = " in line)["extras_ui"]
+    assert {Requirement(r).name for r in extra.split()} == {"streamlit", "requests", "scanpy", "igraph"}
+
+
+def test_settings_of_the_space():
     config = (UI / ".streamlit" / "config.toml").read_text(encoding="utf-8")
     assert "enableXsrfProtection = false" in config and 'showErrorDetails = "none"' in config
     # Streamlit looks for settings beside the script too: so they hold from whichever folder it is started.
     assert (UI / "src" / ".streamlit").resolve() == (UI / ".streamlit").resolve()
     example = (UI / ".streamlit" / "secrets.toml.example").read_text(encoding="utf-8")
     assert all(name in example for name in SETTINGS)
+
+
+# The scripts --------------------------------------------------------------------------------------------------------
+
+def scripted(tmp_path, name, *args, **env):
+    "Run a script with stand-ins for the commands, which write down how they were called."
+    stand_in = "#!/usr/bin/env bash\necho \"$(basename $0) $* API_URL=${API_URL:-} API_KEY=${API_KEY:-} KEY=${SCIMLORA_API_KEY:-}\" >> %s\n" % (tmp_path / "calls")
+    key = "if [ $1 = key ]; then echo SCIMLORA_API_KEY=made; echo colab abc; exit; fi\nif [ $1 = serve ] && [ $# = 4 ]; then exec sleep 30; fi\n"
+    (tmp_path / "bin").mkdir()
+    for command in ("scimlora", "streamlit", "curl"):
+        (tmp_path / "bin" / command).write_text(stand_in + (key if command == "scimlora" else ""))
+        (tmp_path / "bin" / command).chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **env}
+    done = subprocess.run(["bash", UI.parent / "scripts" / name, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    return (tmp_path / "calls").read_text()
+
+
+def test_start_runs_the_service_and_the_page_that_asks_it(tmp_path):
+    calls = scripted(tmp_path, "start.sh", "runs/mine/bundle", SCIMLORA_PORT="8123", SCIMLORA_API_KEY="k")
+    assert "scimlora serve runs/mine/bundle --port 8123" in calls and f"streamlit run {UI / 'src' / 'streamlit_app.py'} API_URL=http://127.0.0.1:8123 API_KEY=k" in calls
+
+
+def test_colab_api_opens_no_tunnel_without_a_key(tmp_path): assert "scimlora serve blood --public API_URL= API_KEY= KEY=made" in scripted(tmp_path, "colab_api.sh")
+
+
+def test_deploy_calls_the_command(tmp_path): assert f"scimlora space deploy me/page --dry-run --folder {UI}" in scripted(tmp_path, "deploy_huggingface.sh", "me/page", "--dry-run")
