@@ -23,7 +23,7 @@ UNITS = {"auto": "whatever the numbers look like", "counts": "counts", "cpm": "s
          "log1p_cp10k": "log-normalised (log1p CP10K)"}
 METHODS = {"majority": "always the commonest type", "base_knn": "base model, nearest cells", "base_linear": "base model, linear head",
            "base_linear_bn_recalibrated": "base model, recalibrated", "logreg_genes": "logistic regression on genes", "lora": "adapted encoder alone",
-           "gene_path": "genes alone, weighted by the base"}
+           "gene_path": "genes alone"}
 PAGES = ("Type genes", "Annotate a file", "How good is it", "About the model")
 COLOURS = {"cell_type": "label of each cell", "majority": "label of its cluster", "confidence": "confidence"}
 
@@ -123,7 +123,9 @@ def type_genes(backend, model):
     if name := st.session_state.get("example"): st.caption(f"Values: mean log1p CP10K in real cells, {examples[name].source.iloc[0]}.")
     with in_plain_words():
         st.multiselect(f"Search the model's {len(backend.genes):,} genes", backend.genes, key="picked", on_change=add_picked, placeholder="type a gene symbol")
-    text = st.text_area("Genes and values, one gene a line", key="genes_text", height=220, placeholder="CD19 1.2\nMS4A1 2.6\nCD79A 3.4",
+    # A run that another click cuts short before it comes here costs the widget its state.
+    if "genes_text" not in st.session_state and "kept_text" in st.session_state: st.session_state.genes_text = st.session_state.kept_text
+    text = st.session_state.kept_text = st.text_area("Genes and values, one gene a line", key="genes_text", height=220, placeholder="CD19 1.2\nMS4A1 2.6\nCD79A 3.4",
                         help="Names alone will do. A gene without a value is taken as the mean of the others.")
     units = units_choice("typed_units")
     if st.button("What cell is this?", type="primary") or linked:
@@ -294,7 +296,7 @@ def show_confusion(m):
 
 def show_classes(m):
     st.subheader("Each type")
-    rows = pd.DataFrame(m["per_class"]).T.astype(float).sort_values("f1").reset_index()
+    rows = pd.DataFrame(m["per_class"]).T.astype(float).query("support > 0").sort_values("f1").reset_index()
     number = lambda name: st.column_config.NumberColumn(name, format="%.2f")
     st.dataframe(rows, hide_index=True, height=min(500, 38 + 35 * len(rows)), column_config={
         "index": "Cell type", "precision": number("Precision"), "recall": number("Recall"), "f1": number("F1"), "support": st.column_config.NumberColumn("Cells", format="%d")})
@@ -303,7 +305,7 @@ def show_classes(m):
 def show_reliability(m):
     st.subheader("Whether its confidence can be believed")
     st.altair_chart(charts.reliability_chart(m["reliability"]), alt="Line: share of cells called rightly at each confidence")
-    st.caption("On the dashed line, cells with a confidence of 80 % are right four times in five. Below it, the model is too sure of itself.")
+    st.caption("Bins of ten cells or more. On the dashed line, cells with a confidence of 80 % are right four times in five. Below it, the model is too sure of itself.")
 
 
 def show_forgetting(m):

@@ -113,13 +113,13 @@ def confusion_chart(labels, cells):
     boxes = base.mark_rect(stroke="#FFFFFF").encode(color=alt.Color("share:Q", title="share of the row", scale=alt.Scale(scheme="blues", domain=[0, 1]), legend=alt.Legend(orient="bottom", format="%", gradientLength=200)))
     # Numbers need 18 pixels a box; a narrow screen or many labels leave no room, and the boxes say it by their shade.
     if len(labels) > 12: return boxes
-    number = alt.condition(alt.datum.share > .5, alt.value("#FFFFFF"), alt.value("#1B2733"))
+    number = alt.condition(alt.datum.share > .5, alt.value("#FFFFFF"), alt.value("#0B141C"))
     return boxes + base.mark_text(fontSize=9).transform_filter(alt.datum.cells > 0).encode(text=alt.Text("cells:Q"), color=number)
 
 
 def reliability_chart(bins):
-    "How often cells of a confidence are called rightly, beside the line on which both are equal."
-    t = pd.DataFrame(bins)
+    "How often cells of a confidence are called rightly, beside the line on which both are equal; bins of fewer than ten cells say nothing."
+    t = pd.DataFrame(bins).query("cells >= 10")
     line = alt.Chart(pd.DataFrame(dict(confidence=[0, 1], accuracy=[0, 1]))).mark_line(color=GREY, strokeDash=[4, 4])
     x, y = (alt.X("confidence:Q", axis=_PERCENT, scale=alt.Scale(domain=[0, 1])), alt.Y("accuracy:Q", title="called rightly", axis=_PERCENT, scale=alt.Scale(domain=[0, 1])))
     base = alt.Chart(t, height=300).encode(x=x, y=y, tooltip=[alt.Tooltip("confidence:Q", format=".0%"), alt.Tooltip("accuracy:Q", format=".0%"), "cells"])
