@@ -142,6 +142,12 @@ def accessible(page):
     assert not found, "\n".join(f"{v['id']}: {v['help']}: {[n['html'][:200] for n in v['nodes'][:3]]}" for v in found)
 
 
+def idle(page):
+    "Wait until the page's script has ended; a click before that may come between."
+    page.wait_for_timeout(300)
+    page.locator("[data-test-script-state=notRunning]").wait_for(timeout=60_000)
+
+
 def ask(page):
     page.get_by_role("button", name="What cell is this?").click()
     return alert(page)
@@ -247,8 +253,10 @@ def test_a_service_that_is_killed_in_the_middle(served, chromium, blood_file):
     process.wait(20)
     page.get_by_role("button", name="Annotate the cells").click()
     expect(alert(page).filter(has_text="cannot be reached")).to_be_visible(timeout=60_000)
+    idle(page)
     page.get_by_role("tab", name="Type genes").click()
     expect(alert(page)).to_contain_text("B cell")
+    idle(page)
     expect(ask(page).filter(has_text="cannot be reached")).to_be_visible(timeout=60_000)
     keep(page, "killed")
     page.close()

@@ -123,9 +123,7 @@ def type_genes(backend, model):
     if name := st.session_state.get("example"): st.caption(f"Values: mean log1p CP10K in real cells, {examples[name].source.iloc[0]}.")
     with in_plain_words():
         st.multiselect(f"Search the model's {len(backend.genes):,} genes", backend.genes, key="picked", on_change=add_picked, placeholder="type a gene symbol")
-    # A run that another click cuts short before it comes here costs the widget its state.
-    if "genes_text" not in st.session_state and "kept_text" in st.session_state: st.session_state.genes_text = st.session_state.kept_text
-    text = st.session_state.kept_text = st.text_area("Genes and values, one gene a line", key="genes_text", height=220, placeholder="CD19 1.2\nMS4A1 2.6\nCD79A 3.4",
+    text = st.text_area("Genes and values, one gene a line", key="genes_text", height=220, placeholder="CD19 1.2\nMS4A1 2.6\nCD79A 3.4",
                         help="Names alone will do. A gene without a value is taken as the mean of the others.")
     units = units_choice("typed_units")
     if st.button("What cell is this?", type="primary") or linked:
