@@ -123,10 +123,10 @@ def keep(page, name):
     width = page.viewport_size["width"]
     assert page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth") <= width
     if not (folder := os.environ.get("SCIMLORA_SCREENSHOTS")): return
-    page.wait_for_timeout(1500)  # charts and tables fade in
+    page.wait_for_timeout(500)  # charts and tables fade in
     height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
     page.set_viewport_size({"width": width, "height": height + 20})
-    page.wait_for_timeout(2000)  # charts further down are drawn now
+    page.wait_for_timeout(1500)  # charts further down are drawn now
     page.screenshot(path=Path(folder) / f"{name}_{width}.png")
     page.set_viewport_size({"width": width, "height": 900})
 

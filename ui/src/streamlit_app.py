@@ -154,7 +154,7 @@ def show_answer(answer, asked, text):
 def annotate_file(backend):
     "Ask for a file, show what is in it, annotate it."
     file = st.file_uploader("A file of human cells: h5ad, 10x h5, loom, csv or tsv", type=sorted({k.rsplit(".", 1)[1] for k in KINDS}))
-    st.caption("A larger file: `scimlora annotate BUNDLE FILE --out labels.csv` on a machine of your own.")
+    st.caption(f"Up to {st.get_option('server.maxUploadSize')} MB. A larger file: `scimlora annotate BUNDLE FILE --out labels.csv` on a machine of your own.")
     units = units_choice("file_units")
     if file is None: return
     state = st.session_state.get("file")

@@ -98,7 +98,7 @@ def dots_chart(dots):
     "Marker genes in rows and labels in columns; a dot's size is the share of cells that express it, its shade how much."
     genes = dots.drop_duplicates("gene").gene.tolist()
     return alt.Chart(dots, height=alt.Step(18)).mark_circle().encode(
-        x=alt.X("cell_type:N", title=None, axis=alt.Axis(labelAngle=-45, labelLimit=110, grid=True)), y=alt.Y("gene:N", sort=genes, title=None, axis=alt.Axis(grid=True)),
+        x=alt.X("cell_type:N", title=None, axis=alt.Axis(labelAngle=-45, labelLimit=110, labelOverlap=False, grid=True)), y=alt.Y("gene:N", sort=genes, title=None, axis=alt.Axis(grid=True)),
         size=alt.Size("share:Q", title="cells that express it", scale=alt.Scale(domain=[0, 1], range=[0, 170]), legend=alt.Legend(orient="bottom", format="%", values=[.25, .5, 1])),
         color=alt.Color("mean:Q", title="mean log1p CP10K", scale=alt.Scale(scheme="blues", domainMin=0), legend=alt.Legend(orient="bottom", gradientLength=110)),
         tooltip=["gene", "cell_type", alt.Tooltip("share:Q", format=".0%"), alt.Tooltip("mean:Q", format=".2f"), "marks"])
@@ -108,7 +108,7 @@ def confusion_chart(labels, cells):
     "The confusion matrix: shade is the share of a row, numbers are cells."
     t = pd.DataFrame([dict(label=a, called=b, cells=n, share=n / max(1, sum(row))) for a, row in zip(labels, cells) for b, n in zip(labels, row)])
     base = alt.Chart(t, height=alt.Step(30)).encode(
-        x=alt.X("called:N", title="called", sort=labels, axis=alt.Axis(labelAngle=-60, labelLimit=110)), y=alt.Y("label:N", title="truth", sort=labels, axis=alt.Axis(labelLimit=110)),
+        x=alt.X("called:N", title="called", sort=labels, axis=alt.Axis(labelAngle=-60, labelLimit=110, labelOverlap=False)), y=alt.Y("label:N", title="truth", sort=labels, axis=alt.Axis(labelLimit=110)),
         tooltip=["label", "called", "cells", alt.Tooltip("share:Q", format=".0%")])
     boxes = base.mark_rect(stroke="#FFFFFF").encode(color=alt.Color("share:Q", title="share of the row", scale=alt.Scale(scheme="blues", domain=[0, 1]), legend=alt.Legend(orient="bottom", format="%", gradientLength=200)))
     # Numbers need 18 pixels a box; a narrow screen or many labels leave no room, and the boxes say it by their shade.
@@ -137,7 +137,7 @@ def forgetting_chart(curve):
     names = [v for k, v in _KEPT.items() if k in t]
     colours = [OKABE_ITO[c] for c in ("blue", "orange", "green")][:len(names)]
     return alt.Chart(long, height=300).mark_line(point=alt.OverlayMarkDef(size=60, filled=True)).encode(
-        x=alt.X("alpha:Q", title="strength of the adapter (0 is the base, 1 this model)", axis=alt.Axis(values=sorted(t.alpha))),
+        x=alt.X("alpha:Q", title="strength of the adapter (0 is the base, 1 this model)", axis=alt.Axis(values=sorted(t.alpha), format=".2f")),
         y=alt.Y("share:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)),
         color=alt.Color("what:N", scale=alt.Scale(domain=names, range=colours), legend=alt.Legend(orient="bottom", title=None, columns=1)),
         shape=alt.Shape("what:N", scale=alt.Scale(domain=names), legend=alt.Legend(orient="bottom", title=None, columns=1)), tooltip=["what", "alpha", alt.Tooltip("share:Q", format=".1%")])
