@@ -7,7 +7,7 @@ __all__ = ['MOST', 'parse_genes', 'genes_to_link', 'genes_from_link', 'presets',
            'cluster_cells', 'vote', 'per_cluster', 'marker_dots', 'Looked', 'look', 'reliability', 'for_the_page',
            'record_evaluation']
 
-# %% ../nbs/06d_page.ipynb #15a708c4
+# %% ../nbs/06d_page.ipynb #30024f87
 import re
 import warnings
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .data import Alignment
 from .files import add_columns, open_cells
 from .predict import as_table
 
-# %% ../nbs/06d_page.ipynb #fe9eff99
+# %% ../nbs/06d_page.ipynb #20617dc8
 _HEADINGS = {"gene", "genes", "symbol", "gene_symbol", "gene_name", "feature", "feature_name", "name"}
 
 
@@ -72,7 +72,7 @@ def parse_genes(text):
     usual = sum(given) / len(given) if given else 1.0
     return {g: usual if v is None else v for g, v in cell.items()}
 
-# %% ../nbs/06d_page.ipynb #6833623f
+# %% ../nbs/06d_page.ipynb #96a2b188
 _LONGEST = 60  # genes in a link: a browser's address ends somewhere
 
 
@@ -87,7 +87,7 @@ def genes_from_link(word):
     "Return what `genes_to_link` made as a person would paste it."
     return "\n".join(part.replace(":", " ") for part in word.split(","))
 
-# %% ../nbs/06d_page.ipynb #b4fcc7ac
+# %% ../nbs/06d_page.ipynb #33c2b122
 def _words(label):
     return [w.rstrip("s") for w in re.findall(r"[a-z0-9]+", label.lower()) if w not in ("cell", "cells")]
 
@@ -116,7 +116,7 @@ def preset_text(table):
     "Write an example as a person would paste it."
     return "\n".join(f"{g} {v:g}" for g, v in zip(table.gene, table.value))
 
-# %% ../nbs/06d_page.ipynb #29dc1e69
+# %% ../nbs/06d_page.ipynb #4b37b200
 MOST = 5000  # cells on the map: more would cost the browser and say no more
 
 
@@ -187,7 +187,7 @@ def cluster_cells(z, rows, batch=4096):
     out[rows] = found
     return out
 
-# %% ../nbs/06d_page.ipynb #5c11b020
+# %% ../nbs/06d_page.ipynb #388c7cf7
 def vote(table, clusters):
     """Add clusters, and each cluster's most frequent label.
 
@@ -226,7 +226,7 @@ def per_cluster(table):
                                    confidence=("confidence", "mean"))
     return out.sort_values("cells", ascending=False, kind="stable").reset_index()
 
-# %% ../nbs/06d_page.ipynb #f3854538
+# %% ../nbs/06d_page.ipynb #a7a46e77
 def marker_dots(X, genes, labels, n_types=10, n_genes=3):
     """Find what marks each label, and how strongly each label's cells express it.
 
@@ -259,7 +259,7 @@ def marker_dots(X, genes, labels, n_types=10, n_genes=3):
         out += [dict(cell_type=c, gene=genes[j], marks=m, share=float(s), mean=float(found.means[i, j])) for (j, m), s in zip(chosen.items(), share)]
     return pd.DataFrame(out)
 
-# %% ../nbs/06d_page.ipynb #e1554c30
+# %% ../nbs/06d_page.ipynb #a9ed6ec9
 @dataclass
 class Looked:
     "Hold what the page shows of an annotated file."
@@ -307,7 +307,7 @@ def look(path, genes, units="auto", notes=(), most=MOST):
     dots = marker_dots(_sample(path, genes, units, rows), genes, table.cell_type.where(~table.unassigned, "unassigned").to_numpy(object)[rows])
     return Looked(table, per_cluster(table), dots[dots.marks != "unassigned"], rows, z[rows], list(notes))
 
-# %% ../nbs/06d_page.ipynb #a29355fc
+# %% ../nbs/06d_page.ipynb #32c7b712
 def reliability(confidence, right, bins=10):
     """Return how often cells of a confidence are called rightly.
 
@@ -346,7 +346,7 @@ def for_the_page(table):
     right = (table.label == table.cell_type).to_numpy()
     return dict(confusion=dict(labels=names, cells=m.to_numpy().tolist()), reliability=reliability(table.confidence.to_numpy(float), right))
 
-# %% ../nbs/06d_page.ipynb #f80b4e32
+# %% ../nbs/06d_page.ipynb #a0916af3
 def record_evaluation(bundle, metrics, table, on):
     """Write an evaluation into a bundle, for its card and the page.
 
