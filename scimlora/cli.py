@@ -170,10 +170,11 @@ def evaluate(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad 
     from scimlora.evaluation import comparison, save_evaluation
     from scimlora.files import read_cells
     from scimlora.forgetting import save_forgetting
-    from scimlora.page import record_evaluation
+    from scimlora.page import check_recordable, record_evaluation
     from scimlora.report import verdict
 
     check_output(out, folder=True)
+    if record: check_recordable(bundle)
     clf, metrics, table, cells = _examined(bundle, test, label, base, units)
     if kept is not None: metrics["forgetting"] = clf.forgetting(read_cells(kept), kept_label, cells, table.label, kept.name)
     save_evaluation(metrics, table, out)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'parse_genes', 'genes_to_link', 'genes_from_link', 'presets', 'preset_text', 'some_rows', 'pca_xy', 'leiden',
            'cluster_cells', 'vote', 'per_cluster', 'marker_dots', 'Looked', 'look', 'reliability', 'for_the_page',
-           'record_evaluation']
+           'check_recordable', 'record_evaluation']
 
 # %% ../nbs/06d_page.ipynb #30024f87
 import re
@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from .base import BASES
-from .bundle import save_bundle
+from .bundle import bundle_path, save_bundle
 from .causes import type_profiles
 from .core import InputError
 from .data import Alignment
@@ -347,6 +347,27 @@ def for_the_page(table):
     return dict(confusion=dict(labels=names, cells=m.to_numpy().tolist()), reliability=reliability(table.confidence.to_numpy(float), right))
 
 # %% ../nbs/06d_page.ipynb #a0916af3
+def check_recordable(bundle):
+    """Return a bundle's folder if an evaluation may be written into it, before the work is done.
+
+    Parameters
+    ----------
+    bundle : str or Path
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    InputError
+        If it is no bundle, or comes with the package.
+    """
+    path = bundle_path(bundle)
+    if path.parent == BASES: raise InputError(f"{bundle}: comes with the package, so nothing is recorded in it; copy the folder")
+    return path
+
+
 def record_evaluation(bundle, metrics, table, on):
     """Write an evaluation into a bundle, for its card and the page.
 
@@ -362,8 +383,8 @@ def record_evaluation(bundle, metrics, table, on):
     Raises
     ------
     InputError
-        If it is no bundle of yours: it comes with the package, or is a base.
+        As in `check_recordable`.
     """
-    if bundle.path is None or bundle.path.parent == BASES: raise InputError(f"{bundle.manifest.get('title', 'this')}: is no folder that scimlora tune wrote, so nothing is recorded in it")
+    path = check_recordable(bundle.path)
     bundle.manifest |= dict(metrics=metrics | for_the_page(table), metrics_on=on)
-    save_bundle(bundle, bundle.path)
+    save_bundle(bundle, path)
