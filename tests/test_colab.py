@@ -55,6 +55,12 @@ def test_the_badge_opens_this_very_file(path, settings):
     assert ROOT / file == path
 
 
+def test_badges_of_the_readme_name_files_that_exist(settings):
+    found = BADGE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {file for _, _, file in found} == {f"colab/{p.name}" for p in NOTEBOOKS}
+    assert {(f"https://github.com/{repo}", branch) for repo, branch, _ in found} == {(settings["git_url"], settings["branch"])}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_parameters_stand_at_the_top_and_are_plain_values(path):
     nb = nbformat.read(path, as_version=4)
