@@ -3,7 +3,8 @@
     python colab/run.py [--workers 2] [nbs/01_data.ipynb ...]      default: all of nbs/ that are numbered, then all of colab/
 
 Works in Colab and without, with and without a network. A notebook whose parameters cell has a `folder` is given
-runs/colab/work, so that it finds what the ones before it left there. The executed notebooks stay in runs/colab/. The first
+runs/colab/work, so that it finds what the ones before it left there, and one with `small` is given true: a trial on few real cells, without
+a download; --full leaves that out. The executed notebooks stay in runs/colab/. The first
 failing cell stops the run. Notebooks of nbs/ hand nothing over, so several workers may share them; those of colab/ come one by one.
 """
 import argparse
@@ -50,7 +51,7 @@ def without_skipped(nb):
     return nb
 
 
-def run(path, out, work, cwd):
+def run(path, out, work, cwd, small=True):
     """Execute one notebook.
 
     Parameters
@@ -63,6 +64,8 @@ def run(path, out, work, cwd):
         Folder that notebooks hand things over in.
     cwd : Path
         Where the notebook's kernel works.
+    small : bool
+        Whether notebooks that can take few cells do so.
 
     Raises
     ------
@@ -71,7 +74,7 @@ def run(path, out, work, cwd):
     """
     nb = without_skipped(nbformat.read(path, as_version=4))
     place, source = parameters_cell(nb)
-    given = {"folder": str(work)} if re.search(r"^folder\s*=", source, re.M) else {}
+    given = {k: v for k, v in dict(folder=str(work), small=small).items() if re.search(rf"^{k}\s*=", source, re.M)}
     for folder in (out, work): folder.mkdir(parents=True, exist_ok=True)
     try: papermill.execute_notebook(nb, str(out / path.name), given, kernel_name="python3", language="python", cwd=str(cwd), progress_bar=False)
     except PapermillExecutionError as e:
@@ -81,34 +84,34 @@ def run(path, out, work, cwd):
     except Exception as e: raise Stopped(f"{path.name}: {type(e).__name__}: {e}") from None
 
 
-def _timed(path, out):
+def _timed(path, out, small):
     "Run one notebook; returns its seconds, and what stopped it or ''."
     start = time.time()
-    try: run(path, out, out / "work", path.parent if path.parent.name == "nbs" else ROOT)
+    try: run(path, out, out / "work", path.parent if path.parent.name == "nbs" else ROOT, small)
     except Stopped as e: return time.time() - start, str(e)
     return time.time() - start, ""
 
 
-def _in_order(paths, out, workers):
+def _in_order(paths, out, workers, small):
     "Yield notebooks with their seconds and what stopped them, in the order given."
     together = [p for p in paths if p.parent.name == "nbs"] if workers > 1 else []
     with ProcessPoolExecutor(workers) as pool:
-        running = [(p, pool.submit(_timed, p, out)) for p in together]
+        running = [(p, pool.submit(_timed, p, out, small)) for p in together]
         try:
             for p, f in running: yield p, *f.result()
         finally:
             for _, f in running: f.cancel()
     for p in paths:
-        if p not in together: yield p, *_timed(p, out)
+        if p not in together: yield p, *_timed(p, out, small)
 
 
-def run_all(paths, out=OUT, workers=1):
+def run_all(paths, out=OUT, workers=1, small=True):
     "Run notebooks in order, print the seconds of each, and return an exit code."
     # IN_TEST is nbdev's word for a run without a reader; progress bars are noise in a kept notebook.
     os.environ |= {"IN_TEST": "1", "SCIMLORA_PROGRESS": "0"}
     begin = time.time()
     shutil.rmtree(out / "work", ignore_errors=True)
-    for path, seconds, stopped in _in_order(paths, out, workers):
+    for path, seconds, stopped in _in_order(paths, out, workers, small):
         if stopped:
             print(f"{stopped}\n\nstopped after {seconds:.0f} s; the notebook as far as it came is {out / path.name}", flush=True)
             return 1
@@ -120,11 +123,12 @@ def run_all(paths, out=OUT, workers=1):
 def main(args):
     parser = argparse.ArgumentParser(description="Run notebooks headless.")
     parser.add_argument("--workers", type=int, default=1, help="notebooks of nbs/ at a time")
+    parser.add_argument("--full", action="store_true", help="notebooks that can take few cells take all")
     parser.add_argument("names", nargs="*")
     args = parser.parse_args(args)
     paths = [Path(n).resolve() for n in args.names] or all_notebooks()
     if missing := [str(p) for p in paths if not p.is_file()]: sys.exit(f"no such notebook: {', '.join(missing)}")
-    sys.exit(run_all(paths, workers=args.workers))
+    sys.exit(run_all(paths, workers=args.workers, small=not args.full))
 
 
 if __name__ == "__main__":

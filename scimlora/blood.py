@@ -20,8 +20,9 @@ from .bundle import save_bundle
 from .classifier import Classifier
 from .core import progress
 from .data import align_cells, obs_column
-from .evaluation import evaluate
-from .examples import shared
+from .evaluation import evaluate, score
+from .examples import baron, shared
+from .page import for_the_page
 from .pretrain import class_sets, pretrain
 
 # %% ../nbs/07a_blood.ipynb #ab9c76e3
@@ -82,9 +83,9 @@ _HELD_OUT = {"study kang": ("kang", ()), "study zheng": ("zheng", ()), "study 3k
 _LEAST = 0.5  # of the ready bundle: what is less likely than not is no answer, whatever share of errors is allowed
 
 
-def _tuned(base, cells, title, settings):
+def _tuned(base, cells, title, settings, baselines=False):
     "A classifier that allows one error in ten, as CD4 and CD8 T cells are told apart no better."
-    clf = Classifier.tune(cells, "cell_type", "donor", base, baselines=False, units="log1p_cp10k", min_cells=5, title=title, **{"error": 0.1} | settings)
+    clf = Classifier.tune(cells, "cell_type", "donor", base, baselines=baselines, units="log1p_cp10k", min_cells=5, title=title, **{"error": 0.1} | settings)
     clf.bundle.calibration = replace(clf.bundle.calibration, min_confidence=max(_LEAST, clf.bundle.calibration.min_confidence))
     return clf
 
@@ -101,28 +102,43 @@ def held_out_numbers(folder, settings={}):
 
     Returns
     -------
-    dict of str to dict
-        What was held out → `n_cells`, `accuracy`, `macro_f1`, `balanced_accuracy`, `ece`, `unassigned`, `unseen_labels`.
+    numbers : dict of str to dict
+        What was held out → `n_cells`, `accuracy`, `macro_f1`, `balanced_accuracy`, `ece`, `unassigned`, `unseen_labels`, and
+        `methods`: macro-F1 of the bundle's two paths and of the baselines.
+    table : pandas.DataFrame
+        The scored cells of the held-out studies: `label`, `cell_type`, `confidence`.
     """
-    out = {}
+    out, tables = {}, []
     for name, (study, donors) in progress(list(_HELD_OUT.items()), "held out"):
         path = Path(folder) / f"without-{study}"
         base = load_base(path) if path.exists() else pretrain(path, without=(STUDIES[study],))
         train = blood_cells(base.genes, [s for s in STUDIES if donors or s != study], without_donors=donors)
         test = blood_cells(base.genes, [study], per_class=None)
         if donors: test = test[test.obs.donor.isin(donors).to_numpy()].copy()
-        predictor = _tuned(base, train, name, settings).predictor
-        metrics, _ = evaluate(predictor, align_cells(test, base.genes, "log1p_cp10k"), test.obs.cell_type.to_numpy(object))
+        predictor = _tuned(base, train, name, settings, baselines=True).predictor
+        metrics, table = evaluate(predictor, align_cells(test, base.genes, "log1p_cp10k"), test.obs.cell_type.to_numpy(object))
         out[name] = {k: metrics.get(k) for k in ("n_cells", "accuracy", "macro_f1", "balanced_accuracy", "ece", "unseen_labels")}
         out[name]["unassigned"] = float(predictor.predict(test, "log1p_cp10k").unassigned.mean())
-    return out
+        out[name]["methods"] = {k: m["macro_f1"] for k, m in (metrics["baselines"] | metrics["paths"]).items()}
+        if not donors: tables.append(table)  # the donor's cells are in their study already
+    return out, pd.concat(tables, ignore_index=True)
 
 
-def _on_record(manifest, numbers):
-    "Put the held-out numbers into a manifest, as its card tells them."
+def _by_class(table):
+    "Precision, recall and F1 of each class over scored cells."
+    classes = sorted(set(table.label) | set(table.cell_type))
+    return score(table.label, np.eye(len(classes))[[classes.index(c) for c in table.cell_type]], classes)["per_class"]
+
+
+def _on_record(manifest, numbers, table, forgetting):
+    "Put the held-out numbers into a manifest, as its card and the page tell them."
     means = ("accuracy", "macro_f1", "balanced_accuracy", "ece")
     manifest["held_out"] = numbers
     manifest["metrics"] = dict(n_cells=sum(n["n_cells"] for n in numbers.values())) | {k: float(np.mean([n[k] for n in numbers.values()])) for k in means}
+    methods = pd.DataFrame([n["methods"] for n in numbers.values()]).mean()
+    paths = ("lora", "gene_path")
+    manifest["metrics"] |= {k: {c: {"macro_f1": float(v)} for c, v in methods.items() if (c in paths) == (k == "paths")} for k in ("baselines", "paths")}
+    manifest["metrics"] |= dict(per_class=_by_class(table), **for_the_page(table), forgetting=forgetting)
     manifest["metrics_on"] = "studies and a donor that neither the bundles nor their bases had seen (means)"
     manifest["split"] = dict(kind="study", column="study", groups={}, notes=[
         "The embedded base mini saw all of these studies while it was pretrained, so numbers on it would flatter: those below are of bundles made the same way, "
@@ -146,9 +162,10 @@ def make_blood(out=None, bases=None, **settings):
     -------
     Bundle
     """
-    with tempfile.TemporaryDirectory() as tmp: numbers = held_out_numbers(bases or tmp, settings)
+    with tempfile.TemporaryDirectory() as tmp: numbers, table = held_out_numbers(bases or tmp, settings)
     base = load_base("mini")
-    bundle = _tuned(base, blood_cells(base.genes), "Blood and immune cells", settings).bundle
-    _on_record(bundle.manifest, numbers)
+    clf = _tuned(base, blood_cells(base.genes), "Blood and immune cells", settings)
+    bundle = clf.bundle
+    _on_record(bundle.manifest, numbers, table, clf.forgetting(baron(), source="pancreas (Baron 2016), which neither the bundle nor its base has seen"))
     save_bundle(bundle, out or BASES / "blood")
     return bundle

@@ -16,6 +16,7 @@ from .error_analysis import explain_errors
 from .evaluation import comparison, save_evaluation
 from .examples import baron, pollen
 from .forgetting import save_forgetting
+from .page import for_the_page
 from .report import verdict, write_report
 from .splits import split_by_donor
 
@@ -84,7 +85,7 @@ def run_demo(out="runs/demo", seeds=(0, 1, 2), base="mini", say=print, **setting
     save_forgetting(metrics["forgetting"], out)
     say("analysing the errors")
     explain_errors(clf.predictor, test, out, "cell_type", "library")
-    clf.bundle.manifest |= dict(metrics=metrics, metrics_on=f"library {', '.join(split.groups['test'])}", command="scimlora demo")
+    clf.bundle.manifest |= dict(metrics=metrics | for_the_page(table), metrics_on=f"library {', '.join(split.groups['test'])}", command="scimlora demo")
     clf.save(out / "bundle")
     shutil.copyfile(write_report(out).with_suffix(".html"), out / "report.html")
     return metrics

@@ -6,10 +6,10 @@
 __all__ = ['ModelName', 'Settings', 'settings_of', 'Service', 'Problem', 'create_app']
 
 # %% ../nbs/06_serve.ipynb #45b7f16e
+import asyncio
 import contextlib
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,6 +34,8 @@ from .limits import BodyLimit
 from .logs import Metrics, RequestLog
 from .models import Models
 from .predict import Predictor
+from .rows import ahead
+from .uploads import annotate_upload, examine_upload, held
 
 # %% ../nbs/06_serve.ipynb #c7e0cb02
 class Settings(BaseSettings):
@@ -189,6 +191,9 @@ def _about(app, service):
     @app.get("/classes", summary="The labels it knows", responses=_LIGHT | {k: _HEAVY[k] for k in (404, 422)})
     async def classes(request: Request, model: ModelName = None): return {"classes": (await opened(request, model)).classes}
 
+    @app.get("/genes", summary="The genes it reads, in its order", responses=_LIGHT | {k: _HEAVY[k] for k in (404, 422)})
+    async def genes(request: Request, model: ModelName = None): return {"genes": list((await opened(request, model)).genes)}
+
     @app.get("/model", summary="The bundle's manifest and calibration", responses=_LIGHT | {k: _HEAVY[k] for k in (404, 422)})
     async def model(request: Request, model: ModelName = None):
         p = await opened(request, model)
@@ -231,7 +236,6 @@ def _json(value, status=200, **headers):
     return Response(json.dumps(value, allow_nan=False), status, headers, "application/json")
 
 # %% ../nbs/06_serve.ipynb #46ae69a9
-_KINDS = (".h5ad", ".h5", ".loom", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
 _ROWS = 1000  # cells of a piece of the answer
 _UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
     "type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary", "description": "h5ad, 10x .h5, loom, csv or tsv"}}}}}}}
@@ -239,12 +243,7 @@ _UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": 
 
 def _opened_upload(upload, name, genes, units):
     "An uploaded file as cells in the model's gene order, and their names."
-    kind = next((k for k in sorted(_KINDS, key=len, reverse=True) if (name or "").lower().endswith(k)), ".h5ad")
-    with tempfile.TemporaryDirectory() as d:
-        path = Path(d) / f"file{kind}"
-        with path.open("wb") as f:
-            while piece := upload.read(1 << 20): f.write(piece)
-        adata = open_untrusted(path, read=read_cells)
+    with held(upload, name) as path: adata = open_untrusted(path, read=read_cells)
     return align_cells(adata, genes, units), adata.obs_names
 
 
@@ -259,33 +258,77 @@ async def _pieces(service, predictor, cells, names, format):
     if format == "json": yield '], "notes": ' + json.dumps(cells.notes) + "}"
 
 
+def _in_turns(service, loop):
+    "An engine for `annotate_file` whose chunks wait their turn in the model's thread, so that others are answered in between."
+    def engine(predictor, alignment):
+        for rows, cells in ahead((rows, alignment.cells(rows)) for rows in alignment.chunks()):
+            yield rows, asyncio.run_coroutine_threadsafe(service.batcher.call(predictor.predict, cells), loop).result()
+
+    return engine
+
+
+async def _annotated(until_sent, service, predictor, form, units):
+    "The uploaded file with the annotation added: an open h5ad, closed and gone when `until_sent` ends."
+    path = until_sent.enter_context(held(form.file, form.filename))
+    out = path.with_name("annotated.h5ad")
+    done = await run_in_threadpool(annotate_upload, predictor, path, out, units, _in_turns(service, asyncio.get_running_loop()))
+    return until_sent.enter_context(out.open("rb")), done
+
+
+def _counted(request, service, n):
+    request.state.cells = n
+    service.metrics.cells.inc(n)
+
+
+async def _of_disk(until_sent, f):
+    with until_sent:
+        while piece := await run_in_threadpool(f.read, 1 << 20): yield piece
+
+
+async def _in_rows(until_sent, pieces):
+    with until_sent:
+        async for piece in pieces: yield piece
+
+
+_TYPES = {"csv": "text/csv", "json": "application/json", "h5ad": "application/octet-stream"}
+
+
 def _annotating(app, service):
-    @app.post("/annotate", summary="A file of cells in, a table out", openapi_extra=_UPLOAD, responses=_HEAVY | {400: {"model": Problem, "description": "no form data"}},
-              response_class=StreamingResponse)
-    async def annotate_upload(request: Request, format: Annotated[Literal["csv", "json"], Query()] = "csv", units: Annotated[Units, Query()] = "auto", model: ModelName = None):
+    @app.post("/annotate", summary="A file of cells in, a table out, or the file with the annotation added", openapi_extra=_UPLOAD,
+              responses=_HEAVY | {400: {"model": Problem, "description": "no form data"}}, response_class=StreamingResponse)
+    async def annotate(request: Request, format: Annotated[Literal["csv", "json", "h5ad"], Query()] = "csv", units: Annotated[Units, Query()] = "auto", model: ModelName = None):
         service.know(request, model)
-        with contextlib.ExitStack() as held:
-            held.enter_context(service.upload())
-            form = await _held_form(held, request)
+        with contextlib.ExitStack() as open_now:
+            open_now.enter_context(service.upload())
+            form = await _held_form(open_now, request)
             predictor = await service.batcher.call(service.models.get, model)
-            cells, names = await run_in_threadpool(_opened_upload, form.file, form.filename, predictor.genes, units)
-            request.state.cells = len(cells)
-            service.metrics.cells.inc(len(cells))
-            until_sent = held.pop_all()
+            if format == "h5ad":
+                f, done = await _annotated(open_now, service, predictor, form, units)
+                n, notes, pieces = len(done), done.notes, lambda until_sent: _of_disk(until_sent, f)
+            else:
+                cells, names = await run_in_threadpool(_opened_upload, form.file, form.filename, predictor.genes, units)
+                n, notes, pieces = len(cells), cells.notes, lambda until_sent: _in_rows(until_sent, _pieces(service, predictor, cells, names, format))
+            _counted(request, service, n)
+            return StreamingResponse(pieces(open_now.pop_all()), media_type=_TYPES[format], headers={"X-Scimlora-Notes": json.dumps(notes)})
 
-        async def pieces():
-            with until_sent:
-                async for piece in _pieces(service, predictor, cells, names, format): yield piece
+    @app.post("/examine", summary="What a file of cells holds, what would be done with it, what is wrong", openapi_extra=_UPLOAD,
+              responses=_HEAVY | {400: {"model": Problem, "description": "no form data"}})
+    async def examined(request: Request, units: Annotated[Units, Query()] = "auto", model: ModelName = None):
+        service.know(request, model)
+        with contextlib.ExitStack() as open_now:
+            open_now.enter_context(service.upload())
+            form = await _held_form(open_now, request)
+            predictor = await service.batcher.call(service.models.get, model)
+            path = open_now.enter_context(held(form.file, form.filename))
+            return _json(await run_in_threadpool(examine_upload, path, predictor.base, units))
 
-        return StreamingResponse(pieces(), media_type="text/csv" if format == "csv" else "application/json", headers={"X-Scimlora-Notes": json.dumps(cells.notes)})
 
-
-async def _held_form(held, request):
-    "The uploaded file of a form, closed when `held` ends."
+async def _held_form(open_now, request):
+    "The uploaded file of a form, closed when `open_now` ends."
     form = await request.form(max_files=1, max_fields=4)
     file = form.get("file")
     if not isinstance(file, UploadFile): raise InputError("file: send one file of cells in the form's field 'file'")
-    held.callback(file.file.close)
+    open_now.callback(file.file.close)
     return file
 
 # %% ../nbs/06_serve.ipynb #0b7b3c5f
@@ -374,7 +417,7 @@ def _listed(text): return [t.strip() for t in text.split(",") if t.strip()]
 def _wrap(app, service):
     "Add what a request passes before it reaches a route; the last added comes first."
     s = service.settings
-    app.add_middleware(BodyLimit, limits={"": s.max_json, "/annotate": s.max_file}, seconds=s.body_seconds)
+    app.add_middleware(BodyLimit, limits={"": s.max_json, "/annotate": s.max_file, "/examine": s.max_file}, seconds=s.body_seconds)
     app.add_middleware(Door, keys=s.keys, rate=s.rate, wrong=s.wrong_rate, proxies=_listed(s.trusted_proxies))
     if s.cors_origins: app.add_middleware(CORSMiddleware, allow_origins=_listed(s.cors_origins), allow_methods=["GET", "POST"], allow_headers=["X-API-Key", "Content-Type"])
     app.add_middleware(RequestLog, metrics=service.metrics, stream=sys.stderr if s.log else None, ending=lambda: service.ending)

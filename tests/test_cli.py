@@ -163,17 +163,39 @@ def test_the_original_recipe(cells_file, tmp_path):
 # evaluate, errors, report ---------------------------------------------------------------------------------------------
 
 
-def test_forgetting_is_measured_on_cells_of_other_tissues(run, tmp_path):
+@pytest.fixture(scope="module")
+def recorded(run, tmp_path_factory):
+    "An evaluation with cells of another tissue, written into a copy of the bundle."
     from scimlora.examples import pollen
 
-    d, out = run[0], tmp_path / "run"
-    pollen().write_h5ad(tmp_path / "brain.h5ad")
-    scimlora("evaluate", d / "bundle", d / "test.h5ad", "--out", out, "--retention", tmp_path / "brain.h5ad")
+    d, out = run[0], tmp_path_factory.mktemp("recorded")
+    shutil.copytree(d / "bundle", out / "bundle")
+    pollen().write_h5ad(out / "brain.h5ad")
+    scimlora("evaluate", out / "bundle", d / "test.h5ad", "--out", out, "--retention", out / "brain.h5ad", "--record")
+    return out
+
+
+def test_forgetting_is_measured_on_cells_of_other_tissues(recorded):
+    out = recorded
     f = read_json(out / "metrics.json")["forgetting"]
     assert f["source"] == "brain.h5ad" and f["cells"] == 301 and [r["alpha"] for r in f["curve"]] == [0, 0.25, 0.5, 0.75, 1]
     assert f["curve"][0]["neighbour_overlap"] == 1 > f["curve"][-1]["neighbour_overlap"] and 1 - f["curve"][0]["cosine"] < 1e-6
     assert f["curve"][-1]["target_macro_f1"] == pytest.approx(read_json(out / "metrics.json")["macro_f1"], abs=1e-9)
     assert (out / "forgetting.png").read_bytes()[:4] == b"\x89PNG" and (out / "forgetting.csv").exists()
+
+
+def test_an_evaluation_is_recorded_in_the_bundle(run, recorded, tmp_path):
+    m, table = read_json(recorded / "bundle" / "manifest.json"), pd.read_csv(recorded / "cells.csv")
+    kept, metrics = m["metrics"], read_json(recorded / "metrics.json")
+    assert m["metrics_on"] == "test.h5ad" and {k: kept[k] for k in metrics} == metrics and f"| macro_f1 | {metrics['macro_f1']:.3f} |" in (recorded / "bundle" / "README.md").read_text()
+    assert np.trace(kept["confusion"]["cells"]) == (table.label == table.cell_type).sum() and sum(b["cells"] for b in kept["reliability"]) == metrics["n_cells"]
+    same = ("adapter_model.safetensors", "head.safetensors", "genepath.safetensors", "baselines.safetensors", "calibration.json")
+    assert all((recorded / "bundle" / f).read_bytes() == (run[0] / "bundle" / f).read_bytes() for f in same if (run[0] / "bundle" / f).exists())
+
+
+def test_nothing_is_recorded_in_what_the_package_brings(run, cli, tmp_path):
+    ended = cli("evaluate", "blood", run[0] / "test.h5ad", "--out", tmp_path / "run", "--record")
+    assert ended.code == 2 and "comes with the package" in ended.err and ended.err.count("\n") == 1
 
 
 def test_prediction_sets_hold_more_the_more_is_wanted(run):

@@ -2,6 +2,8 @@
 import importlib.util
 import json
 import re
+import sys
+import types
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -41,7 +43,8 @@ def notebook(tmp_path):
     return write
 
 
-def test_there_are_notebooks(): assert NOTEBOOKS
+def test_there_are_notebooks():
+    assert [p.name for p in NOTEBOOKS] == ["finetune_demo.ipynb", "finetune_siletti.ipynb", "finetune_your_h5ad.ipynb", "serve_ngrok.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
@@ -50,6 +53,12 @@ def test_the_badge_opens_this_very_file(path, settings):
     repo, branch, file = BADGE.search(next(c.source for c in cells if "colab-badge" in c.source)).groups()
     assert f"https://github.com/{repo}" == settings["git_url"] and branch == settings["branch"]
     assert ROOT / file == path
+
+
+def test_badges_of_the_readme_name_files_that_exist(settings):
+    found = BADGE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {file for _, _, file in found} == {f"colab/{p.name}" for p in NOTEBOOKS}
+    assert {(f"https://github.com/{repo}", branch) for repo, branch, _ in found} == {(settings["git_url"], settings["branch"])}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
@@ -84,6 +93,31 @@ def test_one_notebook_hands_its_outputs_to_the_next(notebook, tmp_path, capsys):
     assert re.search(r"00_first\.ipynb: \d+ s\n.*01_second\.ipynb: \d+ s\n2 notebooks: \d+ s", said)
     kept = json.loads((tmp_path / "out" / "01_second.ipynb").read_text(encoding="utf-8"))
     assert any("beta" in "".join(o.get("text", "")) for c in kept["cells"] for o in c.get("outputs", []))
+
+
+def test_small_is_given_where_it_is_asked_for(notebook, tmp_path, capsys):
+    asks = notebook("00_asks.ipynb", ('folder = "elsewhere"\nsmall = False', "parameters"), "open('said.txt', 'w').write(str(small))")
+    for full, args in ((False, {}), (True, {"small": False})):
+        runner.run(asks, tmp_path / "out", tmp_path / "work", tmp_path, **args)
+        assert (tmp_path / "said.txt").read_text() == str(not full)
+
+
+def test_a_drive_is_used_only_where_it_is_wanted(tmp_path, monkeypatch):
+    "With stand-ins of Colab's own modules."
+    said = []
+    colab, drive = types.ModuleType("google.colab"), types.ModuleType("google.colab.drive")
+    drive.mount, colab.drive = said.append, drive
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "mkdir", lambda self, **kw: said.append(str(self)))
+    for path in NOTEBOOKS:
+        cell = next((c.source for c in nbformat.read(path, as_version=4).cells if "google_drive.mount" in c.source), None)
+        if cell is None: continue
+        for wanted in (False, True):
+            said.clear()
+            exec(cell, {"drive": wanted, "folder": "runs", "sys": sys, "Path": Path})
+            assert said[0] == "/content/drive" if wanted else said[0].startswith("runs")
+            assert said[-1].startswith("/content/drive/MyDrive/runs/" if wanted else "runs/")
 
 
 def test_it_stops_at_the_first_failing_cell_and_says_which(notebook, tmp_path, capsys):

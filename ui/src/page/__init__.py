@@ -1,1 +1,1 @@
-"""What the page is made of: where answers come from, genes as people paste them, charts."""
+"""What the page draws with; what it draws comes from scimlora.page and scimlora.backends."""

@@ -1,12 +1,11 @@
-"""Write src/page/presets.tsv: known marker genes with their mean values in real cells, for the page's examples.
+"""Write scimlora/assets/presets.tsv: known marker genes with their mean values in real cells, for the page's examples.
 
-    python ui/make_presets.py        needs scimlora[demo] and the shared cells (SCIMLORA_DATA)
+    python tools/make_presets.py        needs scimlora[demo] and the shared cells (SCIMLORA_DATA)
 """
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
+from scimlora.base import BASES
 from scimlora.data import align_cells
 from scimlora.examples import baron, shared
 
@@ -25,6 +24,10 @@ BLOOD = {
     "CD4 T": "CD3D CD3E CD3G IL7R LTB LDHB TCF7 LEF1 CD27 MAL NOSIP",
     "NK": "GNLY NKG7 PRF1 GZMB GZMA FGFBP2 SPON2 CST7 KLRD1 FCGR3A TYROBP",
     "CD14 Monocytes": "CD14 LYZ S100A8 S100A9 S100A12 FCN1 CST3 TYROBP MS4A6A LGALS2 CTSS",
+    "CD8 T": "CD8A CD8B CD3D CD3E CD3G GZMK CCL5 KLRG1 CD2 IL32 LYAR DUSP2",
+    "FCGR3A Monocytes": "FCGR3A MS4A7 LST1 CDKN1C RHOC IFITM3 AIF1 LYPD2 CTSL COTL1 TYROBP",
+    "Dendritic": "FCER1A CLEC10A CD1C HLA-DPA1 HLA-DPB1 HLA-DRA HLA-DQA1 CD74 CST3 GPX1 SERPINF1",
+    "Megakaryocytes": "PPBP PF4 GP9 ITGA2B TUBB1 GNG11 SDPR SPARC CLU TREML1 CMTM5",
 }
 BRAIN = {
     "neurons": "SNAP25 SYT1 STMN2 RBFOX3 GAD1 SLC17A7 NRGN CHGB UCHL1 ENO2 MAP1B",
@@ -32,7 +35,8 @@ BRAIN = {
     "oligodendrocytes": "MBP PLP1 MOG MAG MOBP CNP CLDND1 ERMN OPALIN TF CRYAB",
     "microglia": "C1QA C1QB C1QC CX3CR1 P2RY12 CSF1R AIF1 CD74 TYROBP FCER1G LAPTM5",
 }
-SHOWN = {"B": "B cell", "CD4 T": "CD4 T cell", "NK": "NK cell", "CD14 Monocytes": "CD14 monocyte", "neurons": "neuron",
+SHOWN = {"B": "B cell", "CD4 T": "CD4 T cell", "NK": "NK cell", "CD14 Monocytes": "CD14 monocyte",
+         "CD8 T": "CD8 T cell", "FCGR3A Monocytes": "CD16 monocyte", "Dendritic": "dendritic cell", "Megakaryocytes": "platelet", "neurons": "neuron",
          "astrocytes": "astrocyte", "oligodendrocytes": "oligodendrocyte"}
 
 
@@ -55,7 +59,7 @@ def main():
     rows = [*means(baron(), PANCREAS, "pancreas", "Baron 2016, GSE84133"),
             *means(shared("pbmc_3k_10x"), BLOOD, "blood", "10x Genomics, 3k PBMC"),
             *means(shared("brain_darmanis2015"), BRAIN, "brain", "Darmanis 2015, GSE67835")]
-    pd.DataFrame(rows).to_csv(Path(__file__).parent / "src" / "page" / "presets.tsv", sep="\t", index=False)
+    pd.DataFrame(rows).to_csv(BASES / "presets.tsv", sep="\t", index=False)
 
 
 if __name__ == "__main__":
