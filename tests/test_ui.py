@@ -497,7 +497,8 @@ def scripted(tmp_path, name, *args, **env):
     key = "if [ $1 = key ]; then echo SCIMLORA_API_KEY=made; echo colab abc; exit; fi\nif [ $1 = serve ] && [ $# = 4 ]; then exec sleep 30; fi\n"
     (tmp_path / "bin").mkdir()
     for command in ("scimlora", "streamlit", "curl"):
-        (tmp_path / "bin" / command).write_text(stand_in + (key if command == "scimlora" else ""))
+        # A service that has not begun to run is not ready.
+        (tmp_path / "bin" / command).write_text(stand_in + {"scimlora": key, "curl": f"grep -q '^scimlora serve' {tmp_path / 'calls'}\n"}.get(command, ""))
         (tmp_path / "bin" / command).chmod(0o755)
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **env}
     done = subprocess.run(["bash", UI.parent / "scripts" / name, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=20)
