@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.special import softmax
 
-from .calibration import fit_temperature
+from .calibration import class_means, fit_temperature
 from .core import InputError
 from .data import log1p_cp10k
 from .splits import folds
@@ -130,10 +130,9 @@ def class_profiles(X, y, n_classes):
     profile, level : numpy.ndarray of float16, shape (n_genes, n_classes)
         Mean log1p CP10K; mean CP10K.
     """
-    pick = sp.csr_matrix((1 / np.bincount(y, minlength=n_classes)[y], (np.arange(len(y)), y)), (len(y), n_classes))
     values = X.copy()
     values.data = np.expm1(values.data)
-    return tuple(np.ascontiguousarray((M.T @ pick).toarray(), np.float16) for M in (X, values))
+    return tuple(np.ascontiguousarray(class_means(M, y, n_classes).T, np.float16) for M in (X, values))
 
 
 def _units(C):
