@@ -19,7 +19,7 @@ os.environ.setdefault("SCIMLORA_PROGRESS", "0")
 from PIL import Image  # noqa: E402
 
 from forgetting import Bases  # noqa: E402
-from scimlora.core import atomic_dir  # noqa: E402
+from scimlora.core import atomic_dir, write_json  # noqa: E402
 from scimlora.report import NAME  # noqa: E402
 from suite.tasks import LABEL, TASKS, load_task  # noqa: E402
 
@@ -33,15 +33,21 @@ def cells(name, task):
     _, _, test, _ = TASKS[name][0]()
     train = task.train.adata.copy()
     train.obs["cell_type"] = train.obs[LABEL].astype(str)
-    return {"train.h5ad": train, "test.h5ad": test[test.obs.cell_type.notna().to_numpy()].copy()}
+    return train, test[test.obs.cell_type.notna().to_numpy()].copy()
+
+
+def how_split(train, test):
+    "What `scimlora prepare` would have left beside the files: what was held out."
+    column = "donor" if len(set(train.obs.donor.astype(str)) | set(test.obs.donor.astype(str))) > 2 else "dataset"
+    groups = {side: sorted(set(a.obs[column].astype(str))) for side, a in (("train", train), ("test", test))}
+    return dict(kind="donor" if column == "donor" else "study", column=column, groups=groups, cells=dict(train=train.n_obs, val=0, test=test.n_obs), notes=[])
 
 
 def commands(base, donor, title, donors):
     "The user's commands, in the run's folder."
-    scimlora = ["scimlora"]
-    return [[*scimlora, "tune", "train.h5ad", "--label", "cell_type", "--donor", donor, "--base", base, "--retention", "others.h5ad", "--title", title, "--out", "bundle"],
-            [*scimlora, "evaluate", "bundle", "test.h5ad", "--out", ".", "--retention", "others_test.h5ad"],
-            [*scimlora, "errors", "bundle", "test.h5ad", "--out", ".", *(["--donor", "donor"] if donors > 1 else [])], [*scimlora, "report", "."]]
+    return [["tune", "train.h5ad", "--label", "cell_type", "--donor", donor, "--base", base, "--retention", "others.h5ad", "--title", title, "--out", "bundle"],
+            ["evaluate", "bundle", "test.h5ad", "--out", ".", "--retention", "others_test.h5ad"],
+            ["errors", "bundle", "test.h5ad", "--out", ".", *(["--donor", "donor"] if donors > 1 else [])], ["report", "."]]
 
 
 def make(name, title, bases, run):
@@ -52,10 +58,10 @@ def make(name, title, bases, run):
     run.mkdir(parents=True)
     folder = f"base-without-{'-'.join(task.without)}"
     shutil.copytree(base.path, run / folder)
-    files = cells(name, task) | {"others.h5ad": to_choose, "others_test.h5ad": to_measure}
-    for file, a in files.items(): a.write_h5ad(run / file)
-    donors = files["test.h5ad"].obs.donor.astype(str).nunique()
-    for c in commands(folder, task.donor, title, donors): subprocess.run([sys.executable, "-c", "from scimlora.cli import main; main()", *c[1:]], cwd=run, check=True)
+    train, test = cells(name, task)
+    for file, a in {"train": train, "test": test, "others": to_choose, "others_test": to_measure}.items(): a.write_h5ad(run / f"{file}.h5ad")
+    write_json(run / "prepare.json", dict(split=how_split(train, test)))
+    for c in commands(folder, task.donor, title, test.obs.donor.astype(str).nunique()): subprocess.run([sys.executable, "-c", "from scimlora.cli import main; main()", *c], cwd=run, check=True)
 
 
 def publish(run, out):

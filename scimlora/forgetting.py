@@ -133,7 +133,7 @@ def plot_forgetting(curve):
     for i, (key, name, mark) in enumerate(lines):
         if key in curve: ax.plot(curve.alpha, curve[key], mark + "-", color=COLOURS[i], label=name)
     ax.set(xlabel="strength of the adapter (0: base, 1: bundle)", ylabel="accuracy, macro-F1", ylim=(curve[[k for k, *_ in lines if k in curve]].min().min() - 0.05, 1.005))
-    ax.legend(frameon=False, loc="lower right")
+    fig.legend(frameon=False, loc="outside upper left", ncols=3)
     return fig
 
 

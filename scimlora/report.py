@@ -99,7 +99,7 @@ def _data(run, m, man):
     lines = [f"- Base `{man['base']['name']}`, frozen; {t['cells']:,} training cells of {len(man['labels'])} types"
              + (f", {t['validation']:,} " + ("of them checked by fits without them." if man.get("validation", {}).get("folds") else "to validate on.") if t.get("validation") else "."),
              *[f"- {c}" for c in choices(man)]]
-    if "kind" in split: lines.append(f"- Split by {split['kind']}" + (f" (`{split['column']}`; test: {held})" if held else "") + ".")
+    if split.get("kind", "none") != "none": lines.append(f"- Split by {split['kind']}" + (f" (`{split['column']}`; test: {held})" if held else "") + ".")
     if i := t.get("input"): lines.append(f"- {i['genes_matched']:,} of the model's {i['genes_model']:,} genes are in the training file ({i['coverage']:.0%}); values: {i['values_kind']}.")
     lines += [f"- {n[0].upper() + n[1:]}." for n in split.get("notes", []) + man.get("notes", [])]
     if m and m["unlabelled_cells"]: lines.append(f"- {m['unlabelled_cells']:,} test cells have no label and were left out.")
@@ -204,6 +204,9 @@ def ontology_text(o):
     return " ".join(said)
 
 
+def _wrongly(errors): return f"{errors['n_wrong']:,} of {errors['n_cells']:,} cells {'is' if errors['n_wrong'] == 1 else 'are'} called wrongly"
+
+
 def errors_text(errors):
     """Return the findings as text for a terminal.
 
@@ -216,7 +219,7 @@ def errors_text(errors):
     -------
     str
     """
-    lines = [f"{errors['n_wrong']:,} of {errors['n_cells']:,} cells are called wrongly", *(f"  {pair_text(e)}" for e in errors["pairs"])]
+    lines = [_wrongly(errors), *(f"  {pair_text(e)}" for e in errors["pairs"])]
     counted = [f"{c['cause']} {c['wrong_cells']:,} ({c['wrong_share']:.0%}; of the right ones {c['right_share']:.0%})" for c in errors["causes"] if c["wrong_cells"]]
     if counted: lines.append("Probable causes: " + ", ".join(counted))
     lines += [f"Donor effect: {d['wrong']:,} of {d['cells']:,} {d['label']} of {d['donor']} are wrong, {d['rest_rate']:.0%} elsewhere (q {d['q']:.2g})" for d in errors["donor_effects"]]
@@ -225,11 +228,13 @@ def errors_text(errors):
 
 # %% ../nbs/05a_report.ipynb #af4ae65c
 def _mistakes(run, errors):
-    lines = [f"{errors['n_wrong']:,} of {errors['n_cells']:,} cells are called wrongly.", ""]
+    lines = [f"{_wrongly(errors)}.", ""]
     for e in errors["pairs"]:
         lines.append(f"- {pair_text(e, bold='**')}")
         lines += [f"  {text}" for text in _pair_genes(e)]
-    hard = [f"- `{h['cell_id']}`: {h['label']} called {h['cell_type']}, confidence {h['confidence']:.2f}. **{h['cause']}**: {h['evidence']}." for h in errors["hardest"][:12]]
+    hard = [h for h in errors["hardest"][:12] if h["wrong"]]
+    hard = [*(f"- `{h['cell_id']}`: {h['label']} called {h['cell_type']}, confidence {h['confidence']:.2f}. **{h['cause']}**: {h['evidence']}." for h in hard),
+            *(f"- `{h['cell_id']}`: {h['label']}, called rightly with a confidence of {h['confidence']:.2f}. {h['evidence'][0].upper() + h['evidence'][1:]}." for h in errors["hardest"][len(hard):][:max(0, 5 - len(hard))])]
     unseen = errors.get("unseen", [])
     return _join("\n".join(lines), _figure(run, "confused_pairs", "Markers of confused pairs"), _figure(run, "confusion_clustered", "Confusion matrix, clustered"),
                  _causes(run, errors), "### Per type\n\n" + _rows(errors["classes"], "label"), _donors(errors),
@@ -281,7 +286,9 @@ def _kept(run, f):
     said = (f"Of {f['cells']:,} cells of other tissues ({f['source']}), labels that half of the cells lend to the other half are right in "
             f"{t.knn.iloc[0]:.1%} with the adapter off and {t.knn.iloc[-1]:.1%} with it on by nearest neighbours ({-lost['knn']:+.1f} points), and in {t.linear.iloc[0]:.1%} and "
             f"{t.linear.iloc[-1]:.1%} by a line ({-lost['linear']:+.1f} points).")
-    return _join(said, _figure(run, "forgetting", "Forgetting"), _md_table(t.astype(object)))
+    shown = t.rename(columns=dict(knn="by neighbours", linear="by a line", cosine="cosine with the base's", neighbour_overlap="neighbours kept", target_macro_f1="target macro-F1"))
+    shown.index = pd.Index([f"{a:g}" for a in t.index], name="strength")
+    return _join(said, _figure(run, "forgetting", "Forgetting"), _md_table(shown.astype(object)))
 
 # %% ../nbs/05a_report.ipynb #6828f3ae
 def _baseline_seconds(run):
@@ -305,7 +312,7 @@ def _efficiency(run, m, man):
             ("logistic regression on genes (`logreg_genes`)", n * (man["genes"] + 1) if "genes" in man else None, f1("logreg_genes"), took.get("logreg_genes")),
             ("all parameters, as full fine-tuning would", p.get("total"), None, None)]
     total = p.get("total")
-    t = pd.DataFrame([dict(trained=k, parameters=v, share_of_model=f"{v / total:.2%}" if v is not None and total else None, macro_f1=f, seconds=s) for k, v, f, s in rows])
+    t = pd.DataFrame([dict(trained=k, parameters=v, share_of_model=f"{v / total:.2%}" if v is not None and total else None, macro_F1=f, seconds=None if s is None else f"{s:.1f}") for k, v, f, s in rows])
     said = f"{p['trainable']:,} of {total:,} parameters were trained ({p['fraction']:.2%}): {p['adapter']:,} in the adapters, {p['head']:,} in the head." if total else ""
     return _join(said, _md_table(t.astype(object).set_index("trained").rename(columns=lambda c: c.replace("_", " "))),
                  "Full fine-tuning was not run. Seconds of LoRA include the gene path and all that was fitted to check both; those of the others the choice of settings by inner cross-validation.")
