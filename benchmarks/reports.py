@@ -43,11 +43,11 @@ def how_split(train, test):
     return dict(kind="donor" if column == "donor" else "study", column=column, groups=groups, cells=dict(train=train.n_obs, val=0, test=test.n_obs), notes=[])
 
 
-def commands(base, donor, title, donors):
+def commands(base, donor, title):
     "The user's commands, in the run's folder."
     return [["tune", "train.h5ad", "--label", "cell_type", "--donor", donor, "--base", base, "--retention", "others.h5ad", "--title", title, "--out", "bundle"],
             ["evaluate", "bundle", "test.h5ad", "--out", ".", "--retention", "others_test.h5ad"],
-            ["errors", "bundle", "test.h5ad", "--out", ".", *(["--donor", "donor"] if donors > 1 else [])], ["report", "."]]
+            ["errors", "bundle", "test.h5ad", "--out", ".", "--donor", "donor"], ["report", "."]]
 
 
 def make(name, title, bases, run):
@@ -61,7 +61,7 @@ def make(name, title, bases, run):
     train, test = cells(name, task)
     for file, a in {"train": train, "test": test, "others": to_choose, "others_test": to_measure}.items(): a.write_h5ad(run / f"{file}.h5ad")
     write_json(run / "prepare.json", dict(split=how_split(train, test)))
-    for c in commands(folder, task.donor, title, test.obs.donor.astype(str).nunique()): subprocess.run([sys.executable, "-c", "from scimlora.cli import main; main()", *c], cwd=run, check=True)
+    for c in commands(folder, task.donor, title): subprocess.run([sys.executable, "-c", "from scimlora.cli import main; main()", *c], cwd=run, check=True)
 
 
 def publish(run, out):

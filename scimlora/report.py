@@ -134,6 +134,9 @@ def _against(run, m, man):
     return _join(comparison_table(m), none, _figure(run, "comparison", "Methods compared"))
 
 # %% ../nbs/05a_report.ipynb #5735bb7a
+def _count(n, one, many): return f"1 {one}" if n == 1 else f"{n:,} {many}"
+
+
 def pair_text(e, bold=""):
     """Put a confused pair into words.
 
@@ -148,7 +151,7 @@ def pair_text(e, bold=""):
     -------
     str
     """
-    n = "1 cell" if e["cells"] == 1 else f"{e['cells']:,} cells"
+    n = _count(e["cells"], "cell", "cells")
     return f"{bold}{e['label']} called {e['predicted']}{bold}: {n} ({e['share']:.{0 if e['share'] >= .01 else 1}%} of the type); " + ("they " if e["label_markers"] else "") + e["says"] + "."
 
 
@@ -157,11 +160,12 @@ def _pair_genes(e):
     lines = []
     if e["label_markers"]: lines.append(f"Markers: {e['label']} {', '.join(e['label_markers'])}; {e['predicted']} {', '.join(e['predicted_markers'])}"
                                         + (f"; {e['marker_overlap']:.0%} of the types' strongest markers are shared." if e.get("marker_overlap") is not None else "."))
-    for side, name in (("against_label", e["label"]), ("against_predicted", e["predicted"])):
-        d = e.get(side) or {}
-        if d.get("n_different") is None: continue
+    told = {e[name]: d for side, name in (("against_label", "label"), ("against_predicted", "predicted")) if (d := e.get(side) or {}).get("n_different") is not None}
+    for name, d in told.items():
         genes = "; ".join(f"{k} {', '.join(d[k])}" for k in ("higher", "lower") if d[k])
-        lines.append(f"Against rightly called {name}, {d['n_different']:,} genes differ" + (f": {genes}." if genes else "."))
+        if d["n_different"]: lines.append(f"Against rightly called {name}, {_count(d['n_different'], 'gene differs', 'genes differ')}: {genes}.")
+    none = [name for name, d in told.items() if not d["n_different"]]
+    if none: lines.append(f"Against rightly called {' and against '.join(none)}, no gene differs at a false discovery rate of 5 %.")
     return lines
 
 
@@ -177,7 +181,7 @@ def unseen_text(u):
     -------
     str
     """
-    n = "1 cell" if u["cells"] == 1 else f"{u['cells']:,} cells"
+    n = _count(u["cells"], "cell", "cells")
     return f"{u['label']}, never taught: {n}, {u['unassigned']:.0%} left unassigned; {u['called_share']:.0%} called {u['called']}, mean confidence {u['confidence']:.2f}."
 
 # %% ../nbs/05a_report.ipynb #5b990221
@@ -274,7 +278,7 @@ def _forgetting(run, m):
     r = m["retention"]
     kept = _kept(run, m["forgetting"]) if m.get("forgetting") else ("What is left of the labels of other tissues was not measured; "
                                                                     "`scimlora evaluate … --retention OTHER.h5ad` does it.")
-    return _join(f"With the adapter off the encoder is the base: largest difference {r['off_difference']:.1e}. With it on, on {r['cells']:,} test cells, "
+    return _join(f"With the adapter off the encoder is the base: largest difference {r['off_difference']:.1g}. With it on, on {r['cells']:,} test cells, "
                  f"the mean cosine between a cell's base and adapted embedding is {r['cosine']:.3f}, and {r['neighbour_overlap']:.0%} of its nearest "
                  "neighbours stay its neighbours.", kept)
 
