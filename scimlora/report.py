@@ -283,16 +283,21 @@ def _forgetting(run, m):
                  "neighbours stay its neighbours.", kept)
 
 
-def _kept(run, f):
-    "What is left of the labels of other cells."
-    t = pd.DataFrame(f["curve"]).set_index("alpha")
+def _kept_text(f):
+    "What is left of the labels of other cells, in words."
+    t = pd.DataFrame(f["curve"])
     lost = {k: round(100 * (t[k].iloc[0] - t[k].iloc[-1]), 1) or -0.0 for k in ("knn", "linear")}
-    said = (f"Of {f['cells']:,} cells of other tissues ({f['source']}), labels that half of the cells lend to the other half are right in "
+    return (f"Of {f['cells']:,} cells of other tissues ({f['source']}), labels that half of the cells lend to the other half are right in "
             f"{t.knn.iloc[0]:.1%} with the adapter off and {t.knn.iloc[-1]:.1%} with it on by nearest neighbours ({-lost['knn']:+.1f} points), and in {t.linear.iloc[0]:.1%} and "
             f"{t.linear.iloc[-1]:.1%} by a line ({-lost['linear']:+.1f} points).")
+
+
+def _kept(run, f):
+    "The same with the curve."
+    t = pd.DataFrame(f["curve"]).set_index("alpha")
     shown = t.rename(columns=dict(knn="by neighbours", linear="by a line", cosine="cosine with the base's", neighbour_overlap="neighbours kept", target_macro_f1="target macro-F1"))
     shown.index = pd.Index([f"{a:g}" for a in t.index], name="strength")
-    return _join(said, _figure(run, "forgetting", "Forgetting"), _md_table(shown.astype(object)))
+    return _join(_kept_text(f), _figure(run, "forgetting", "Forgetting"), _md_table(shown.astype(object)))
 
 # %% ../nbs/05a_report.ipynb #6828f3ae
 def _baseline_seconds(run):
@@ -421,6 +426,7 @@ def full_card(m, man, errors):
     more = [f"## Against the baselines\n\n{verdict(m)} {where_from(m)}".strip()] if m else []
     if errors and errors["pairs"]: more.append("## Where it errs\n\n" + "\n".join(f"- {pair_text(e)}" for e in errors["pairs"][:5]))
     if errors and errors["unseen"]: more.append("## Types it was not taught\n\n" + "\n".join(f"- {unseen_text(u)}" for u in errors["unseen"]))
+    if m and m.get("forgetting"): more.append(f"## What it forgot\n\n{_kept_text(m['forgetting'])}")
     return "\n\n".join([card.rstrip(), *more]) + "\n"
 
 # %% ../nbs/05a_report.ipynb #0fb644c4
