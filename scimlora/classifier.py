@@ -20,7 +20,7 @@ from .core import InputError, progress, versions
 from .data import NORMALISATION, align_cells, obs_column
 from .evaluation import evaluate, fit_baselines
 from .forgetting import forgetting
-from .genepath import fit_genepath
+from .genepath import coverage, embedding_share, fit_genepath
 from .ontology import cl_ids
 from .lora import Tuned, TuneConfig, can_weaken, train_lora, weaken
 from .predict import Predictor, annotate
@@ -154,6 +154,12 @@ def _faded(base, cells, y, trials, kept, preset, other, labels):
     return faded[i], _at(kept, base, cells, y, STRENGTHS[i]), found
 
 # %% ../nbs/05b_classifier.ipynb #084dd12d
+def _embedding_choice(base, cells, y):
+    known = coverage(base, base.embed(cells.X), y)
+    share, why = embedding_share(known)
+    return dict(coverage=None if np.isnan(known) else known, embedding_share=share, why_embedding=why)
+
+
 def _tune(base, cells, y, names, classes, donors, config, preset, error, val_share, baselines, label, donor, notes, title, held_out, others):
     start = time.perf_counter()
     parts, checks = _checks(y, names, donors, val_share, donor or "", config.seed)
@@ -164,6 +170,7 @@ def _tune(base, cells, y, names, classes, donors, config, preset, error, val_sha
     which = f"{checks['column']} {', '.join(checks['groups'].get('val', []))}".strip() if checks["kind"] == "donor" else "drawn by cell from the training donors"
     bundle.calibration = fit_calibration(encoder, genes, y[rows], distances, choice["encoder_weight"], error, source=which, donors=None if donors is None else donors[rows])
     if choice["encoder_weight"] == 1: bundle.genepath = None
+    else: choice |= _embedding_choice(base, cells, y)
     seconds = round(time.perf_counter() - start, 2)
     bundle.manifest = _manifest(base, kept.tuned, checks, classes, y, cells, label, donor, notes, choice, seconds, title or "scimlora bundle", held_out)
     if baselines:

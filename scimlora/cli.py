@@ -149,7 +149,7 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
     m = clf.bundle.manifest
     m["command"] = _command()
     clf.save(out)
-    _show_notes([*m["notes"], *m["validation"]["notes"], m["choice"]["why"], *([m["choice"]["why_strength"]] if "why_strength" in m["choice"] else [])])
+    _show_notes([*m["notes"], *m["validation"]["notes"], *(m["choice"][k] for k in ("why", "why_embedding", "why_strength") if k in m["choice"])])
     print(f"{out}: {len(clf.classes_)} types, {m['training']['cells']:,} training cells, {m['parameters']['fraction']:.2%} of the parameters trained"
           + (f", macro-F1 on held-out cells {m['choice']['macro_f1']:.3f}" if m["choice"]["macro_f1"] is not None else ""))
 
