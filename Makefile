@@ -92,7 +92,7 @@ reports: install-dev  ## the Design Analysis Reports of brain, pancreas and bloo
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/reports.py $(ARGS)
 
 bench-coverage: install-dev  ## when the gene path reads the embedding, on held-out cells that no benchmark reports: benchmarks/COVERAGE.csv
-	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/coverage.py $(ARGS)
+	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/embedding_share.py $(ARGS)
 
 bench-settings: install-dev  ## settings on held-out cells that no benchmark reports: benchmarks/SETTINGS.csv
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/settings.py $(ARGS)
