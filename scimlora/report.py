@@ -315,8 +315,9 @@ def _efficiency(run, m, man):
     took = _baseline_seconds(run)
     f1 = lambda k: b.get(k, {}).get("macro_f1")
     paths, genes = (m or {}).get("paths", {}), man.get("genes")
+    beside = p.get("head", n) - n if man.get("choice", {}).get("embedding_share") else 0  # the line's weights on the embedding: as many as the head's
     rows = [("LoRA: adapters and head", p["trainable"], paths.get("lora", m or {}).get("macro_f1"), man["training"].get("seconds")),
-            *([("gene path: lines and mean profiles", genes * (3 * n + 2) + n, paths["gene_path"]["macro_f1"], None)] if "gene_path" in paths and genes else []),
+            *([("gene path: lines and mean profiles", genes * (3 * n + 2) + n + beside, paths["gene_path"]["macro_f1"], None)] if "gene_path" in paths and genes else []),
             ("the head alone on the frozen base (`base_linear`)", p.get("head"), f1("base_linear"), took.get("base_linear")),
             ("logistic regression on genes (`logreg_genes`)", n * (man["genes"] + 1) if "genes" in man else None, f1("logreg_genes"), took.get("logreg_genes")),
             ("all parameters, as full fine-tuning would", p.get("total"), None, None)]
