@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, fisher_exact
 
+from .calibration import class_means
 from .core import InputError
 from .data import Alignment, Cells
 
@@ -175,7 +176,8 @@ def type_profiles(X, label, n_markers=30, least=5):
     """
     names = [c for c in sorted(set(label)) if (label == c).sum() >= least]
     if len(names) < 2: return None
-    means = np.stack([np.asarray(X[label == c].mean(0)).ravel() for c in names])
+    rows, place = np.isin(label, names), {c: j for j, c in enumerate(names)}
+    means = class_means(X[rows], np.array([place[c] for c in label[rows]]), len(names))
     contrast = [means[j] - np.delete(means, j, 0).max(0) for j in range(len(names))]
     return Profiles(names, means, np.argsort(-np.stack(contrast), axis=1, kind="stable")[:, :n_markers])
 

@@ -20,7 +20,7 @@ from .core import InputError, progress, versions
 from .data import NORMALISATION, align_cells, obs_column
 from .evaluation import evaluate, fit_baselines
 from .forgetting import forgetting
-from .genepath import fit_genepath
+from .genepath import coverage, embedding_share, fit_genepath
 from .ontology import cl_ids
 from .lora import Tuned, TuneConfig, can_weaken, train_lora, weaken
 from .predict import Predictor, annotate
@@ -101,12 +101,13 @@ class _Fit:
 
 def _fit(base, cells, y, donors, classes, config, rows, held=(), val=None):
     "Train both paths on some rows; `val` rows choose the epoch."
-    path = fit_genepath(base, cells.X[rows], y[rows], len(classes), cells.measured, seed=config.seed)
-    tuned = train_lora(base, cells.X[rows], y[rows], len(classes), config, None if val is None else (cells.X[val], y[val]), None if donors is None else donors[rows],
-                       path.proba(cells.X[rows], base.embed(cells.X[rows])))
+    X, z = cells.X[rows], base.embed(cells.X[rows])
+    path = fit_genepath(base, X, y[rows], len(classes), cells.measured, seed=config.seed)
+    tuned = train_lora(base, X, y[rows], len(classes), config, None if val is None else (cells.X[val], y[val]), None if donors is None else donors[rows],
+                       path.proba(X, z) if config.teach else None)
     bare = dict(base=dict(name=base.name, sha256=base.sha256), training={})
     bundle = Bundle(bare, tuned.adapter_config, tuned.adapter, tuned.head, classes, Calibration(), None, None, path)
-    bundle.base_centroids = class_centroids(y[rows], len(classes), base.embed(cells.X[rows]))[0]
+    bundle.base_centroids = class_centroids(y[rows], len(classes), z)[0]
     return _at(_Fit(tuned, bundle, rows, np.asarray(held, int)), base, cells, y, 1.0)
 
 
@@ -153,6 +154,12 @@ def _faded(base, cells, y, trials, kept, preset, other, labels):
     return faded[i], _at(kept, base, cells, y, STRENGTHS[i]), found
 
 # %% ../nbs/05b_classifier.ipynb #084dd12d
+def _embedding_choice(base, cells, y):
+    known = coverage(base, base.embed(cells.X), y)
+    share, why = embedding_share(known)
+    return dict(coverage=None if np.isnan(known) else known, embedding_share=share, why_embedding=why)
+
+
 def _tune(base, cells, y, names, classes, donors, config, preset, error, val_share, baselines, label, donor, notes, title, held_out, others):
     start = time.perf_counter()
     parts, checks = _checks(y, names, donors, val_share, donor or "", config.seed)
@@ -163,6 +170,7 @@ def _tune(base, cells, y, names, classes, donors, config, preset, error, val_sha
     which = f"{checks['column']} {', '.join(checks['groups'].get('val', []))}".strip() if checks["kind"] == "donor" else "drawn by cell from the training donors"
     bundle.calibration = fit_calibration(encoder, genes, y[rows], distances, choice["encoder_weight"], error, source=which, donors=None if donors is None else donors[rows])
     if choice["encoder_weight"] == 1: bundle.genepath = None
+    else: choice |= _embedding_choice(base, cells, y)
     seconds = round(time.perf_counter() - start, 2)
     bundle.manifest = _manifest(base, kept.tuned, checks, classes, y, cells, label, donor, notes, choice, seconds, title or "scimlora bundle", held_out)
     if baselines:
@@ -244,6 +252,16 @@ class Classifier:
         curve = forgetting(self.predictor, other.X, obs_column(adata.obs, label), target)
         return dict(source=source, cells=len(other), curve=curve.to_dict("records"))
 
+# %% ../nbs/05b_classifier.ipynb #f0c21e0c
+def _training_cells(adata, label, donor, base, min_cells, units):
+    "Usable cells aligned to the base, their labels and donors (or None), and notes on what was left out."
+    labels = obs_column(adata.obs, label)
+    donors = None if donor is None else obs_column(adata.obs, donor, "donor")
+    rows, notes = _usable(labels, min_cells, label)
+    cells = align_cells(adata[rows], base.genes, units)
+    if cells.report["empty_cells"] == len(cells): raise InputError("no cell has any counts in the model's genes; the values are all zero")
+    return cells, labels[rows], None if donors is None else donors[rows], notes
+
 # %% ../nbs/05b_classifier.ipynb #8ccf7e4c
 def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_cells=1, val_share=0.2, error=0.05, baselines=True,
          units="auto", title="", held_out=None, retention=None, retention_label="cell_type", **settings):
@@ -297,16 +315,11 @@ def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_
     config = replace(config or TuneConfig(), **settings)
     base = base if hasattr(base, "encoder") else load_base(base)
     remember_base(base)
-    labels = obs_column(adata.obs, label)
-    donors = None if donor is None else obs_column(adata.obs, donor, "donor")
-    rows, notes = _usable(labels, min_cells, label)
-    cells = align_cells(adata[rows], base.genes, units)
-    if cells.report["empty_cells"] == len(cells): raise InputError("no cell has any counts in the model's genes; the values are all zero")
-    names, donors = labels[rows], None if donors is None else donors[rows]
+    cells, names, groups, notes = _training_cells(adata, label, donor, base, min_cells, units)
     classes = sorted(set(names))
     y = np.array([classes.index(n) for n in names])
     others = (None, None) if retention is None else (align_cells(retention, base.genes), obs_column(retention.obs, retention_label))
-    return Classifier(_tune(base, cells, y, names, classes, donors, config, preset, error, val_share, baselines, label, donor, notes + cells.notes, title,
+    return Classifier(_tune(base, cells, y, names, classes, groups, config, preset, error, val_share, baselines, label, donor, notes + cells.notes, title,
                             held_out, others))
 
 

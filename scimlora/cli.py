@@ -10,6 +10,7 @@ __all__ = ['app', 'BundleArg', 'LabelOpt', 'BaseOpt', 'UnitsOpt', 'SeedOpt', 'fe
 # %% ../nbs/08_cli.ipynb #f5520867
 import json
 import os
+import shlex
 import sys
 import warnings
 from dataclasses import fields
@@ -32,6 +33,9 @@ SeedOpt = Annotated[int, typer.Option("--seed", min=0, help="the same seed gives
 
 
 def _say(text): print(text, file=sys.stderr, flush=True)
+
+
+def _command(): return shlex.join(["scimlora", *sys.argv[1:]])  # for the record
 
 
 def _show_notes(notes):
@@ -144,9 +148,9 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
                           held_out=_held_out(train), **others)
     if not leads(): return
     m = clf.bundle.manifest
-    m["command"] = " ".join(["scimlora", *sys.argv[1:]])
+    m["command"] = _command()
     clf.save(out)
-    _show_notes([*m["notes"], *m["validation"]["notes"], m["choice"]["why"], *([m["choice"]["why_strength"]] if "why_strength" in m["choice"] else [])])
+    _show_notes([*m["notes"], *m["validation"]["notes"], *(m["choice"][k] for k in ("why", "why_embedding", "why_strength") if k in m["choice"])])
     print(f"{out}: {len(clf.classes_)} types, {m['training']['cells']:,} training cells, {m['parameters']['fraction']:.2%} of the parameters trained"
           + (f", macro-F1 on held-out cells {m['choice']['macro_f1']:.3f}" if m["choice"]["macro_f1"] is not None else ""))
 
@@ -177,6 +181,7 @@ def evaluate(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad 
     check_output(out, folder=True)
     if record: check_recordable(bundle)
     clf, metrics, table, cells = _examined(bundle, test, label, base, units)
+    metrics["command"] = _command()
     if kept is not None: metrics["forgetting"] = clf.forgetting(read_cells(kept), kept_label, cells, table.label, kept.name)
     save_evaluation(metrics, table, out)
     if kept is not None: save_forgetting(metrics["forgetting"], out)
@@ -200,7 +205,7 @@ def errors(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad fi
     from scimlora.report import errors_text
 
     check_output(out, folder=True)
-    found, files = explain_errors(Predictor(bundle, base), read_cells(test), out, label, donor, units, terms, " ".join(["scimlora", *sys.argv[1:]]))
+    found, files = explain_errors(Predictor(bundle, base), read_cells(test), out, label, donor, units, terms, _command())
     _show_notes(found["notes"])
     print(errors_text(found))
     _say(f"{out}: {', '.join(files)}")

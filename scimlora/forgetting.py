@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 from .base import run_layers
 from .core import InputError, atomic_path
-from .evaluation import COLOURS, save_figure, score
+from .evaluation import COLOURS, neighbour_overlap, save_figure, score
 from .lora import adapted_layers
 
 # %% ../nbs/04a_forgetting.ipynb #338aabf6
@@ -71,13 +71,6 @@ def probe(z, y, ref, query, k=15):
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def _overlap(a, b, k=15):
-    "Mean share of a cell's k nearest neighbours in one embedding that are so in another."
-    k = min(k, len(a) - 1)
-    near = [np.argsort(-(z @ z.T - 9 * np.eye(len(z))), axis=1)[:, :k] for z in (a, b)]
-    return float(np.mean([len(set(p) & set(q)) / k for p, q in zip(*near)]))
-
-
 def forgetting(predictor, X, labels, target=None, alphas=ALPHAS, n=2000, seed=0):
     """Measure what is kept of other cells' labels while the adapter is faded in.
 
@@ -114,7 +107,7 @@ def forgetting(predictor, X, labels, target=None, alphas=ALPHAS, n=2000, seed=0)
     for a in alphas:
         layers = adapted_layers(base.encoder, b.adapter_config, b.adapter, a)
         z = run_layers(layers, X)
-        row = dict(alpha=a, **probe(z, y, ref, query), cosine=float((z * zb).sum(1).mean()), neighbour_overlap=_overlap(zb, z))
+        row = dict(alpha=a, **probe(z, y, ref, query), cosine=float((z * zb).sum(1).mean()), neighbour_overlap=neighbour_overlap(zb, z))
         if target is not None:
             proba = predictor.proba(target[0], run_layers(layers, target[0].X), frozen)
             row["target_macro_f1"] = float(score(target[1], proba, b.classes)["macro_f1"])
@@ -140,7 +133,7 @@ def plot_forgetting(curve):
     for i, (key, name, mark) in enumerate(lines):
         if key in curve: ax.plot(curve.alpha, curve[key], mark + "-", color=COLOURS[i], label=name)
     ax.set(xlabel="strength of the adapter (0: base, 1: bundle)", ylabel="accuracy, macro-F1", ylim=(curve[[k for k, *_ in lines if k in curve]].min().min() - 0.05, 1.005))
-    ax.legend(frameon=False, loc="lower right")
+    fig.legend(frameon=False, loc="outside upper left", ncols=3)
     return fig
 
 

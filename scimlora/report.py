@@ -99,7 +99,7 @@ def _data(run, m, man):
     lines = [f"- Base `{man['base']['name']}`, frozen; {t['cells']:,} training cells of {len(man['labels'])} types"
              + (f", {t['validation']:,} " + ("of them checked by fits without them." if man.get("validation", {}).get("folds") else "to validate on.") if t.get("validation") else "."),
              *[f"- {c}" for c in choices(man)]]
-    if "kind" in split: lines.append(f"- Split by {split['kind']}" + (f" (`{split['column']}`; test: {held})" if held else "") + ".")
+    if split.get("kind", "none") != "none": lines.append(f"- Split by {split['kind']}" + (f" (`{split['column']}`; test: {held})" if held else "") + ".")
     if i := t.get("input"): lines.append(f"- {i['genes_matched']:,} of the model's {i['genes_model']:,} genes are in the training file ({i['coverage']:.0%}); values: {i['values_kind']}.")
     lines += [f"- {n[0].upper() + n[1:]}." for n in split.get("notes", []) + man.get("notes", [])]
     if m and m["unlabelled_cells"]: lines.append(f"- {m['unlabelled_cells']:,} test cells have no label and were left out.")
@@ -134,6 +134,9 @@ def _against(run, m, man):
     return _join(comparison_table(m), none, _figure(run, "comparison", "Methods compared"))
 
 # %% ../nbs/05a_report.ipynb #5735bb7a
+def _count(n, one, many): return f"1 {one}" if n == 1 else f"{n:,} {many}"
+
+
 def pair_text(e, bold=""):
     """Put a confused pair into words.
 
@@ -148,7 +151,7 @@ def pair_text(e, bold=""):
     -------
     str
     """
-    n = "1 cell" if e["cells"] == 1 else f"{e['cells']:,} cells"
+    n = _count(e["cells"], "cell", "cells")
     return f"{bold}{e['label']} called {e['predicted']}{bold}: {n} ({e['share']:.{0 if e['share'] >= .01 else 1}%} of the type); " + ("they " if e["label_markers"] else "") + e["says"] + "."
 
 
@@ -157,11 +160,12 @@ def _pair_genes(e):
     lines = []
     if e["label_markers"]: lines.append(f"Markers: {e['label']} {', '.join(e['label_markers'])}; {e['predicted']} {', '.join(e['predicted_markers'])}"
                                         + (f"; {e['marker_overlap']:.0%} of the types' strongest markers are shared." if e.get("marker_overlap") is not None else "."))
-    for side, name in (("against_label", e["label"]), ("against_predicted", e["predicted"])):
-        d = e.get(side) or {}
-        if d.get("n_different") is None: continue
+    told = {e[name]: d for side, name in (("against_label", "label"), ("against_predicted", "predicted")) if (d := e.get(side) or {}).get("n_different") is not None}
+    for name, d in told.items():
         genes = "; ".join(f"{k} {', '.join(d[k])}" for k in ("higher", "lower") if d[k])
-        lines.append(f"Against rightly called {name}, {d['n_different']:,} genes differ" + (f": {genes}." if genes else "."))
+        if d["n_different"]: lines.append(f"Against rightly called {name}, {_count(d['n_different'], 'gene differs', 'genes differ')}: {genes}.")
+    none = [name for name, d in told.items() if not d["n_different"]]
+    if none: lines.append(f"Against rightly called {' and against '.join(none)}, no gene differs at a false discovery rate of 5 %.")
     return lines
 
 
@@ -177,7 +181,7 @@ def unseen_text(u):
     -------
     str
     """
-    n = "1 cell" if u["cells"] == 1 else f"{u['cells']:,} cells"
+    n = _count(u["cells"], "cell", "cells")
     return f"{u['label']}, never taught: {n}, {u['unassigned']:.0%} left unassigned; {u['called_share']:.0%} called {u['called']}, mean confidence {u['confidence']:.2f}."
 
 # %% ../nbs/05a_report.ipynb #5b990221
@@ -204,6 +208,9 @@ def ontology_text(o):
     return " ".join(said)
 
 
+def _wrongly(errors): return f"{errors['n_wrong']:,} of {errors['n_cells']:,} cells {'is' if errors['n_wrong'] == 1 else 'are'} called wrongly"
+
+
 def errors_text(errors):
     """Return the findings as text for a terminal.
 
@@ -216,7 +223,7 @@ def errors_text(errors):
     -------
     str
     """
-    lines = [f"{errors['n_wrong']:,} of {errors['n_cells']:,} cells are called wrongly", *(f"  {pair_text(e)}" for e in errors["pairs"])]
+    lines = [_wrongly(errors), *(f"  {pair_text(e)}" for e in errors["pairs"])]
     counted = [f"{c['cause']} {c['wrong_cells']:,} ({c['wrong_share']:.0%}; of the right ones {c['right_share']:.0%})" for c in errors["causes"] if c["wrong_cells"]]
     if counted: lines.append("Probable causes: " + ", ".join(counted))
     lines += [f"Donor effect: {d['wrong']:,} of {d['cells']:,} {d['label']} of {d['donor']} are wrong, {d['rest_rate']:.0%} elsewhere (q {d['q']:.2g})" for d in errors["donor_effects"]]
@@ -225,11 +232,13 @@ def errors_text(errors):
 
 # %% ../nbs/05a_report.ipynb #af4ae65c
 def _mistakes(run, errors):
-    lines = [f"{errors['n_wrong']:,} of {errors['n_cells']:,} cells are called wrongly.", ""]
+    lines = [f"{_wrongly(errors)}.", ""]
     for e in errors["pairs"]:
         lines.append(f"- {pair_text(e, bold='**')}")
         lines += [f"  {text}" for text in _pair_genes(e)]
-    hard = [f"- `{h['cell_id']}`: {h['label']} called {h['cell_type']}, confidence {h['confidence']:.2f}. **{h['cause']}**: {h['evidence']}." for h in errors["hardest"][:12]]
+    hard = [h for h in errors["hardest"][:12] if h["wrong"]]
+    hard = [*(f"- `{h['cell_id']}`: {h['label']} called {h['cell_type']}, confidence {h['confidence']:.2f}. **{h['cause']}**: {h['evidence']}." for h in hard),
+            *(f"- `{h['cell_id']}`: {h['label']}, called rightly with a confidence of {h['confidence']:.2f}. {h['evidence'][0].upper() + h['evidence'][1:]}." for h in errors["hardest"][len(hard):][:max(0, 5 - len(hard))])]
     unseen = errors.get("unseen", [])
     return _join("\n".join(lines), _figure(run, "confused_pairs", "Markers of confused pairs"), _figure(run, "confusion_clustered", "Confusion matrix, clustered"),
                  _causes(run, errors), "### Per type\n\n" + _rows(errors["classes"], "label"), _donors(errors),
@@ -269,19 +278,26 @@ def _forgetting(run, m):
     r = m["retention"]
     kept = _kept(run, m["forgetting"]) if m.get("forgetting") else ("What is left of the labels of other tissues was not measured; "
                                                                     "`scimlora evaluate … --retention OTHER.h5ad` does it.")
-    return _join(f"With the adapter off the encoder is the base: largest difference {r['off_difference']:.1e}. With it on, on {r['cells']:,} test cells, "
+    return _join(f"With the adapter off the encoder is the base: largest difference {r['off_difference']:.1g}. With it on, on {r['cells']:,} test cells, "
                  f"the mean cosine between a cell's base and adapted embedding is {r['cosine']:.3f}, and {r['neighbour_overlap']:.0%} of its nearest "
                  "neighbours stay its neighbours.", kept)
 
 
-def _kept(run, f):
-    "What is left of the labels of other cells."
-    t = pd.DataFrame(f["curve"]).set_index("alpha")
+def _kept_text(f):
+    "What is left of the labels of other cells, in words."
+    t = pd.DataFrame(f["curve"])
     lost = {k: round(100 * (t[k].iloc[0] - t[k].iloc[-1]), 1) or -0.0 for k in ("knn", "linear")}
-    said = (f"Of {f['cells']:,} cells of other tissues ({f['source']}), labels that half of the cells lend to the other half are right in "
+    return (f"Of {f['cells']:,} cells of other tissues ({f['source']}), labels that half of the cells lend to the other half are right in "
             f"{t.knn.iloc[0]:.1%} with the adapter off and {t.knn.iloc[-1]:.1%} with it on by nearest neighbours ({-lost['knn']:+.1f} points), and in {t.linear.iloc[0]:.1%} and "
             f"{t.linear.iloc[-1]:.1%} by a line ({-lost['linear']:+.1f} points).")
-    return _join(said, _figure(run, "forgetting", "Forgetting"), _md_table(t.astype(object)))
+
+
+def _kept(run, f):
+    "The same with the curve."
+    t = pd.DataFrame(f["curve"]).set_index("alpha")
+    shown = t.rename(columns=dict(knn="by neighbours", linear="by a line", cosine="cosine with the base's", neighbour_overlap="neighbours kept", target_macro_f1="target macro-F1"))
+    shown.index = pd.Index([f"{a:g}" for a in t.index], name="strength")
+    return _join(_kept_text(f), _figure(run, "forgetting", "Forgetting"), _md_table(shown.astype(object)))
 
 # %% ../nbs/05a_report.ipynb #6828f3ae
 def _baseline_seconds(run):
@@ -299,13 +315,14 @@ def _efficiency(run, m, man):
     took = _baseline_seconds(run)
     f1 = lambda k: b.get(k, {}).get("macro_f1")
     paths, genes = (m or {}).get("paths", {}), man.get("genes")
+    beside = p.get("head", n) - n if man.get("choice", {}).get("embedding_share") else 0  # the line's weights on the embedding: as many as the head's
     rows = [("LoRA: adapters and head", p["trainable"], paths.get("lora", m or {}).get("macro_f1"), man["training"].get("seconds")),
-            *([("gene path: lines and mean profiles", genes * (3 * n + 2) + n, paths["gene_path"]["macro_f1"], None)] if "gene_path" in paths and genes else []),
+            *([("gene path: lines and mean profiles", genes * (3 * n + 2) + n + beside, paths["gene_path"]["macro_f1"], None)] if "gene_path" in paths and genes else []),
             ("the head alone on the frozen base (`base_linear`)", p.get("head"), f1("base_linear"), took.get("base_linear")),
             ("logistic regression on genes (`logreg_genes`)", n * (man["genes"] + 1) if "genes" in man else None, f1("logreg_genes"), took.get("logreg_genes")),
             ("all parameters, as full fine-tuning would", p.get("total"), None, None)]
     total = p.get("total")
-    t = pd.DataFrame([dict(trained=k, parameters=v, share_of_model=f"{v / total:.2%}" if v is not None and total else None, macro_f1=f, seconds=s) for k, v, f, s in rows])
+    t = pd.DataFrame([dict(trained=k, parameters=v, share_of_model=f"{v / total:.2%}" if v is not None and total else None, macro_F1=f, seconds=None if s is None else f"{s:.1f}") for k, v, f, s in rows])
     said = f"{p['trainable']:,} of {total:,} parameters were trained ({p['fraction']:.2%}): {p['adapter']:,} in the adapters, {p['head']:,} in the head." if total else ""
     return _join(said, _md_table(t.astype(object).set_index("trained").rename(columns=lambda c: c.replace("_", " "))),
                  "Full fine-tuning was not run. Seconds of LoRA include the gene path and all that was fitted to check both; those of the others the choice of settings by inner cross-validation.")
@@ -410,6 +427,7 @@ def full_card(m, man, errors):
     more = [f"## Against the baselines\n\n{verdict(m)} {where_from(m)}".strip()] if m else []
     if errors and errors["pairs"]: more.append("## Where it errs\n\n" + "\n".join(f"- {pair_text(e)}" for e in errors["pairs"][:5]))
     if errors and errors["unseen"]: more.append("## Types it was not taught\n\n" + "\n".join(f"- {unseen_text(u)}" for u in errors["unseen"]))
+    if m and m.get("forgetting"): more.append(f"## What it forgot\n\n{_kept_text(m['forgetting'])}")
     return "\n\n".join([card.rstrip(), *more]) + "\n"
 
 # %% ../nbs/05a_report.ipynb #0fb644c4

@@ -95,12 +95,14 @@ def plot_umaps(t):
     """
     fig = Figure(figsize=(11.5, 5.6), layout="constrained")
     wrong, names = (t.label != t.cell_type).to_numpy(), sorted(set(t.label))
+    size = min(36, max(9, 6000 / len(t)))
     for ax, kind, title in zip(fig.subplots(1, 2), ("base", "adapted"), ("base, frozen", "with the adapter")):
         x, y = f"{kind}_1", f"{kind}_2"
         for i, c in enumerate(names):
             own = t[t.label == c]
-            ax.scatter(own[x], own[y], s=9, color=TYPE_COLOURS[i % len(TYPE_COLOURS)], marker=_MARKS[i // len(TYPE_COLOURS) % len(_MARKS)], linewidths=0)
-        ax.scatter(t[x][wrong], t[y][wrong], s=44, facecolors="none", edgecolors="black", linewidths=1.1, zorder=3)
+            ax.scatter(own[x], own[y], s=size, color=TYPE_COLOURS[i % len(TYPE_COLOURS)], marker=_MARKS[i // len(TYPE_COLOURS) % len(_MARKS)], linewidths=0)
+        ax.scatter(t[x][wrong], t[y][wrong], s=size + 40, facecolors="none", edgecolors="black", linewidths=1.1, zorder=3)
+        ax.margins(0.12)  # room for names at the edge
         _label_types(ax, t, x, y)
         ax.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
     ring = Line2D([], [], marker="o", ls="", mfc="none", mec="black", ms=7, label=f"called wrongly ({wrong.sum():,} of {len(t):,} cells shown)")

@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from sklearn.metrics import f1_score
+
+from scimlora.pretrain import Study
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TASK, QUICK = "Baron, library 3", ("nearest centroid, genes", "frozen base + prototypes")
@@ -16,11 +19,12 @@ TASK, QUICK = "Baron, library 3", ("nearest centroid, genes", "frozen base + pro
 def suite():
     "The modules of benchmarks/, which are no package."
     sys.path.insert(0, str(BENCHMARKS))
+    import forgetting
     import panels
     import science
     from suite import code, methods, peers_worker, report, store, tasks
 
-    yield dict(science=science, panels=panels, code=code, methods=methods, report=report, store=store, tasks=tasks, worker=peers_worker)
+    yield dict(science=science, panels=panels, forgetting=forgetting, code=code, methods=methods, report=report, store=store, tasks=tasks, worker=peers_worker)
     sys.path.remove(str(BENCHMARKS))
 
 
@@ -203,3 +207,23 @@ def test_panels_are_kept_and_reported(suite, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert P.main(args) == 0 and not capsys.readouterr().out, "all is kept: nothing is fitted again"
     assert pd.read_csv(tmp_path / "PANELS.csv").equals(t)
+
+
+def test_cells_held_out_of_pretraining_are_in_no_pretraining_cells(suite):
+    n, F = 400, suite["forgetting"]
+    ids = sp.csr_matrix(np.arange(1, n + 1, dtype=np.float32)[:, None])
+    study = Study("one", ids, ids, pd.DataFrame(index=["CD3D"]), np.array(["T cell"] * n, object), pd.DataFrame(index=range(n)))
+    (seen,), (held,) = F.cut([study])
+    assert set(seen.X.data).isdisjoint(held.X.data) and len(seen.sets) + len(held.sets) == n and 0.15 < len(held.sets) / n < 0.35
+    assert np.array_equal(F.cut([study])[1][0].X.data, held.X.data), "the same cells every time: a stored base stays honest"
+
+
+def test_what_was_forgotten_is_told_at_the_chosen_strength(suite, tmp_path):
+    F, about = suite["forgetting"], dict(task=TASK, cells_a_class=25, draw=0, chosen=0.5, encoder_weight=0.2, retention_cells=100, retention_labels=4)
+    rows = [about | dict(strength=s, knn=0.9 - 0.04 * s, linear=0.9 - 0.02 * s, cosine=1 - s / 10, neighbour_overlap=1 - s / 10, macro_f1=0.8 + s / 10, adapter_macro_f1=0.7 + s / 5) for s in F.STRENGTHS]
+    F.write(rows, tmp_path)
+    text = (tmp_path / "FORGETTING.md").read_text()
+    assert "The worst setting: +1.5 (" in text and "**missed** by 0.5 points" in text and "1 of 1 at the chosen strength, 1 at full strength" in text
+    assert "| 90.0 | 0.5 | 3.0 | 1.5 | 90.0 | 85.0 | 90.0 | 80.0 |" in text and len(pd.read_csv(tmp_path / "FORGETTING.csv")) == len(F.STRENGTHS)
+    F.write([r | dict(chosen=0.25) for r in rows], tmp_path)
+    assert "**reached**" in (tmp_path / "FORGETTING.md").read_text()

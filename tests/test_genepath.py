@@ -1,4 +1,6 @@
 """Two paths to one answer: what the gene path must hold, and who is heard when."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -7,6 +9,7 @@ from sklearn.metrics import f1_score
 
 from scimlora import Classifier, InputError
 from scimlora.data import align_cells
+from scimlora.genepath import coverage, embedding_share, fit_genepath
 from scimlora.predict import FEW_GENES, genes_to_cells
 from scipy.special import softmax
 
@@ -133,3 +136,17 @@ def test_a_base_of_ones_own_is_found_again(baron_cells, tmp_path, monkeypatch):
     assert str(tmp_path) not in (path / "manifest.json").read_text()
     (tmp_path / "cache" / "bases.json").write_text("{")
     with pytest.raises(InputError, match="--base DIR"): Classifier.load(path)
+
+
+def test_the_line_reads_the_embedding_only_where_the_base_knows_the_cells(classifier, baron_cells):
+    base, y = classifier.predictor.base, np.unique(baron_cells.obs.cell_type, return_inverse=True)[1]
+    cells = align_cells(baron_cells, base.genes)
+    known = coverage(base, base.embed(cells.X), y)
+    share, why = embedding_share(known)
+    assert f"{known:.2f}" in why and np.isnan(coverage(replace(base, path=None), base.embed(cells.X), y))
+    with_it, without_it = (fit_genepath(base, cells.X, y, y.max() + 1, cells.measured, share=s) for s in (0.35, 0.0))
+    assert with_it.embedding.any() and not without_it.embedding.any()
+    assert fit_genepath(base, cells.X, y, y.max() + 1, cells.measured).embedding.any() == (share > 0)
+    assert not fit_genepath(replace(base, path=None), cells.X, y, y.max() + 1, cells.measured).embedding.any(), "a base without labels of its own cannot tell"
+    choice = classifier.bundle.manifest["choice"]
+    assert choice["embedding_share"] == embedding_share(choice["coverage"])[0] and classifier.bundle.genepath.embedding.any() == (choice["embedding_share"] > 0)
