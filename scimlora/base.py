@@ -142,8 +142,9 @@ def encoder_from_state(state, where="encoder.ckpt"):
     if not linears: raise InputError(f"{where}: has no linear layers; is it a SCimilarity encoder?")
     try: linears.sort(key=lambda k: int(k.removeprefix("network.").split(".")[0]))
     except ValueError: raise InputError(f"{where}: is no SCimilarity encoder, it has a layer {linears[0]}; give the folder of one") from None
-    enc = Encoder(state[linears[0]].shape[1], [state[k].shape[0] for k in linears[:-1]], state[linears[-1]].shape[0])
-    try: enc.load_state_dict(state)
+    # Nothing is drawn for weights that are replaced at once.
+    with torch.device("meta"): enc = Encoder(state[linears[0]].shape[1], [state[k].shape[0] for k in linears[:-1]], state[linears[-1]].shape[0])
+    try: enc.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
     except RuntimeError as e:
         raise InputError(f"{where}: is no SCimilarity encoder ({str(e).splitlines()[-1].strip()})") from None
     return enc.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ __all__ = ['FEW_GENES', 'gene_weights', 'directions', 'coverage', 'embedding_sha
 
 # %% ../nbs/03ab_genepath.ipynb #196f7a71
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -194,13 +195,17 @@ def _angles(profile, level, weights):
     return 25 * (_units(profile.astype(np.float32) * weights[:, None]) + _units(scaled * weights[:, None]))
 
 
-def _likelihoods(X, level, there):
-    "Mean log-probability of a cell's values under each profile, over the genes that are there, times 100."
+def _log_share(level, there):
+    "Logarithm of each gene's share of a profile, over the genes that are there: (n_genes, n_classes)."
+    p = (level.astype(np.float64) + 0.1) * there[:, None]
+    return np.log(p / p.sum(0), where=p > 0, out=np.zeros_like(p))
+
+
+def _likelihoods(X, logp, there):
+    "Mean log-probability of a cell's values under each profile, over the genes that are there, times 100; logp from `_log_share`."
     values = X.copy()
     values.data = np.expm1(values.data) * there[values.indices]
     total = np.asarray(values.sum(1)).ravel()
-    p = (level.astype(np.float64) + 0.1) * there[:, None]
-    logp = np.log(p / p.sum(0), where=p > 0, out=np.zeros_like(p))
     return np.asarray(values @ logp) * (100 / np.maximum(total, 1e-9))[:, None]
 
 # %% ../nbs/03ab_genepath.ipynb #80d4e481
@@ -247,6 +252,13 @@ class GenePath:
             out[rows] = self._logits(X[rows], z[rows], there if there.any() else None)
         return out
 
+    # The service asks for single cells: what is the same for all is made once.
+    @cached_property
+    def angles(self): return _angles(self.profile, self.level, self.prior)
+
+    @cached_property
+    def log_share(self): return _log_share(self.level, self.prior > 0)
+
     def proba(self, X, z, measured=None, listed=None):
         "Return the same as probabilities, shape (n_cells, n_classes)."
         return softmax(self.logits(X, z, measured, listed), axis=1)
@@ -262,7 +274,7 @@ class GenePath:
     def _logits(self, X, z, measured):
         if not self.whole(measured): return self._partial(X, measured)
         P = directions(X, self.prior)
-        angles = P @ _angles(self.profile, self.level, self.prior)
+        angles = P @ self.angles
         return ((1 - _ANGLES) * self.line(P, z) / self.scale[0] + _ANGLES * angles / self.scale[1]).astype(np.float64)
 
     def _tempered(self, n):
@@ -274,13 +286,13 @@ class GenePath:
         there = (self.prior > 0) & measured
         weights, (t, u) = self.prior * there, self._tempered(there.sum())
         out = (directions(X, weights) @ _angles(self.profile, self.level, weights)).astype(np.float64) / t
-        return out if there.sum() >= FEW_GENES else (out + _likelihoods(X, self.level, there) / u) / 2
+        return out if there.sum() >= FEW_GENES else (out + _likelihoods(X, _log_share(self.level, there), there) / u) / 2
 
     def _listed(self, X):
         # Insulin and nothing else: of the genes listed it is all there is, of a cell's genes it is what marks a beta cell.
         t, u = (v[:, None] for v in self._tempered(np.diff(X.indptr)))
-        angles = directions(X, self.prior) @ _angles(self.profile, self.level, self.prior)
-        return (angles / t + _likelihoods(X, self.level, self.prior > 0) / u).astype(np.float64) / 2
+        angles = directions(X, self.prior) @ self.angles
+        return (angles / t + _likelihoods(X, self.log_share, self.prior > 0) / u).astype(np.float64) / 2
 
 # %% ../nbs/03ab_genepath.ipynb #38103fb9
 _SIZES = (10, 30, 100, 300, 1000, 3000)
@@ -302,14 +314,14 @@ def _by_size(temperatures):
 def _scales(path, X, z, y, rng):
     "Temperatures of a path's parts, from held-out cells."
     P = directions(X, path.prior)
-    line, angles = path.line(P, z), P @ _angles(path.profile, path.level, path.prior)
+    line, angles = path.line(P, z), P @ path.angles
     genes, drawn = np.flatnonzero(path.square), []
     for size in [s for s in _SIZES if s <= len(genes) // 2] or [max(1, len(genes) // 2)]:
         there = np.zeros(len(path.prior), bool)
         p = path.square[genes] ** 0.5  # panels are made of telling genes
         there[rng.choice(genes, size, replace=False, p=p / p.sum())] = True
         Z, weights = _hidden(X, there), path.prior * there
-        parts = directions(Z, weights) @ _angles(path.profile, path.level, weights), _likelihoods(Z, path.level, there)
+        parts = directions(Z, weights) @ _angles(path.profile, path.level, weights), _likelihoods(Z, _log_share(path.level, there), there)
         drawn.append([size, *(fit_temperature(v, y) for v in parts)])
     drawn = np.array(drawn)
     return np.array([fit_temperature(line, y), fit_temperature(angles, y), *_by_size(drawn[:, [0, 1]]), *_by_size(drawn[:, [0, 2]])], np.float32)

@@ -68,8 +68,9 @@ def _linear(h, weight, bias, dtype):
 
 def _plain(X, layer, share, dtype):
     "The first layer's output, (n_cells, width), before its bend and its correction."
-    frequent, rare = split_genes(X, share)
     weight, bias = layer.weight, torch.from_numpy(layer.bias)
+    # In a handful of cells no gene is frequent, and to find that out would take longer than the product.
+    frequent, rare = split_genes(X, share) if X.shape[0] > _GATHER else ((), ())
     if not len(frequent): return torch.from_numpy(X @ weight).add_(bias)
     of_rare = np.zeros(X.shape[1], bool)
     of_rare[rare] = True

@@ -517,7 +517,7 @@ def _lora_parts(tensors, parts):
 
 # %% ../nbs/03_lora.ipynb #ca401f8e
 def _lora(config, tensors):
-    "Layer name → (scale · B @ A in float64, magnitudes or None)."
+    "The scale, and layer name → A, B and magnitudes or None, all of shapes that fit each other."
     scale, r = _lora_scale(config)
     parts, out = ("A", "B", "magnitude_vector") if config.get("use_dora") else ("A", "B"), {}
     for layer, p in _lora_parts(tensors, parts).items():
@@ -527,8 +527,8 @@ def _lora(config, tensors):
                              f"of {_CONFIG}; copy the bundle again")
         if size is not None and list(size.shape) != [B.shape[0]]:
             raise InputError(f"{_TENSORS}: {layer} has {list(size.shape)} magnitudes for {B.shape[0]} rows; copy the bundle again")
-        out[layer] = scale * (B.double() @ A.double()), size
-    return out
+        out[layer] = A, B, size
+    return scale, out
 
 
 def check_adapter(config, tensors):
@@ -552,7 +552,9 @@ def check_adapter(config, tensors):
         If it is not.
     """
     if not isinstance(config, dict): raise InputError(f"{_CONFIG}: is no peft configuration; copy the bundle again")
-    if "scimlora_method" not in config: return _lora(config, tensors) and "lora"
+    if "scimlora_method" not in config:
+        _lora(config, tensors)
+        return "lora"
     method = config["scimlora_method"]
     if method not in METHODS[1:]: raise InputError(f"{_CONFIG}: the method {method!r} is not known; update scimlora")
     for name, t in tensors.items():
@@ -590,7 +592,9 @@ def adapter_deltas(config, tensors, encoder=None):
         If the adapter is of another kind, or its parts do not fit each other.
     """
     out, weights = {}, {} if encoder is None else {n: m.weight.detach() for n, m in encoder.named_modules() if isinstance(m, nn.Linear)}
-    for layer, (delta, size) in _lora(config, tensors).items():
+    scale, layers = _lora(config, tensors)
+    for layer, (A, B, size) in layers.items():
+        delta = scale * (B.double() @ A.double())
         if size is not None:
             if encoder is None: raise InputError(f"{_CONFIG}: a DoRA adapter, which is understood with its base only; give the base")
             _fits(layer, delta.shape, list(weights[layer].shape) if layer in weights else [])
@@ -626,7 +630,7 @@ def adapted_layers(encoder, config, tensors, strength=1.0):
     """
     method = check_adapter(config, tensors) if config else "linear"
     if not strength or method in ("linear", "prototype"): return fold(encoder)
-    if method == "lora": return fold(encoder, {n: d * strength for n, d in adapter_deltas(config, tensors, encoder).items()})
+    if method == "lora": return fold(encoder, {n: d if strength == 1 else d * strength for n, d in adapter_deltas(config, tensors, encoder).items()})
     tuned, state = copy.deepcopy(encoder), encoder.state_dict()
     for name, t in tensors.items(): _fits(name, t.shape, list(state[name].shape) if name in state else [])
     lacking = [n for n in changed_names(encoder, method) if n not in tensors]
