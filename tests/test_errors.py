@@ -59,7 +59,7 @@ def test_every_file_is_there_and_agrees_with_the_cells(run, strangers, called):
     for a in counts.index:
         for b in counts.columns: assert counts.loc[a, b] == ((label == a) & (called.label == b)).sum(), (a, b)
     assert np.allclose(shares, counts / counts.sum(1).clip(lower=1).to_numpy()[:, None])
-    assert e["n_wrong"] == (label != called.label)[taught].sum() and said.startswith(f"{e['n_wrong']} of {e['n_cells']} cells are called wrongly")
+    assert e["n_wrong"] == (label != called.label)[taught].sum() and said.startswith(f"{e['n_wrong']} of {e['n_cells']} cells {'is' if e['n_wrong'] == 1 else 'are'} called wrongly")
     for name in ("confused_pairs", "confusion_clustered", "causes", "umap"): assert (d / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     umap = pd.read_csv(d / "umap.csv")
     assert len(umap) == taught.sum() and np.isfinite(umap[["base_1", "base_2", "adapted_1", "adapted_2"]]).all().all()

@@ -154,6 +154,7 @@ def ask(page):
 
 
 def send(page, path):
+    idle(page)
     page.get_by_role("tab", name="Annotate a file").click()
     page.locator("input[type=file]").set_input_files(path)
 

@@ -123,6 +123,8 @@ def type_genes(backend, model):
     if name := st.session_state.get("example"): st.caption(f"Values: mean log1p CP10K in real cells, {examples[name].source.iloc[0]}.")
     with in_plain_words():
         st.multiselect(f"Search the model's {len(backend.genes):,} genes", backend.genes, key="picked", on_change=add_picked, placeholder="type a gene symbol")
+    # Said anew in every run: a browser that puts the tab together again has nothing else to fill the box with.
+    st.session_state.genes_text = st.session_state.get("genes_text", "")
     text = st.text_area("Genes and values, one gene a line", key="genes_text", height=220, placeholder="CD19 1.2\nMS4A1 2.6\nCD79A 3.4",
                         help="Names alone will do. A gene without a value is taken as the mean of the others.")
     units = units_choice("typed_units")
