@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .core import InputError
-from .predict import FEW_GENES, genes_to_cells
+from .predict import FEW_GENES
 
 # %% ../nbs/05c_answers.ipynb #5904a00c
 def describe(predictor, cells, k=5):
@@ -33,12 +33,12 @@ def describe(predictor, cells, k=5):
         As from `answer`.
     """
     p, out = predictor.predict(cells), []
-    for top, reason, r in zip(p.top(k), p.reason, cells.obs.itertuples()):
-        warnings = [f"only {r.genes_used} genes: a whole cell has hundreds, so take this as a hint"] if r.genes_used < FEW_GENES else []
-        if r.genes_unknown: warnings.append(f"{r.genes_unknown} genes are unknown to the model")
+    for top, reason, unit, used, unknown in zip(p.top(k), p.reason, *(cells.obs[c].tolist() for c in ("units", "genes_used", "genes_unknown"))):
+        warnings = [f"only {used} genes: a whole cell has hundreds, so take this as a hint"] if used < FEW_GENES else []
+        if unknown: warnings.append(f"{unknown} genes are unknown to the model")
         out.append(dict(cell_type=top[0][0], confidence=top[0][1], unassigned=bool(reason), reason=str(reason),
-                        predictions=[dict(cell_type=t, confidence=v) for t, v in top], units=r.units,
-                        genes_used=int(r.genes_used), genes_unknown=int(r.genes_unknown), warnings=warnings))
+                        predictions=[dict(cell_type=t, confidence=v) for t, v in top], units=unit,
+                        genes_used=used, genes_unknown=unknown, warnings=warnings))
     return out
 
 
@@ -65,7 +65,7 @@ def answer(predictor, cells, units="auto", k=5):
     InputError
         If a value is no finite number or negative, or a cell has no known gene.
     """
-    return describe(predictor, genes_to_cells(cells, predictor.genes, units), k)
+    return describe(predictor, predictor.read(cells, units), k)
 
 # %% ../nbs/05c_answers.ipynb #6e665fa2
 def answer_each(predictor, cells, units, k=5):
@@ -85,7 +85,7 @@ def answer_each(predictor, cells, units, k=5):
     except InputError: pass
     out, good = [None] * len(cells), []
     for i, (c, u) in enumerate(zip(cells, units)):
-        try: genes_to_cells([c], predictor.genes, u)
+        try: predictor.read([c], u)
         except InputError as e: out[i] = e
         else: good.append(i)
     answers = answer(predictor, [cells[i] for i in good], [units[i] for i in good], k) if good else []

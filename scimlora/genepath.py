@@ -267,6 +267,11 @@ class GenePath:
         "Say whether a file that looked for these genes (a bool array, or None for all) lacks next to nothing."
         return measured is None or self.square[measured].sum() > _WHOLE * self.square.sum()
 
+    def whole_rows(self, measured):
+        "Say the same of each row of a CSR matrix of genes looked for: (n_cells,) bool; an empty row looked for all."
+        there = sp.csr_matrix((np.ones(measured.nnz), measured.indices, measured.indptr), measured.shape)
+        return (there @ self.square.astype(np.float64) > _WHOLE * self.square.sum(dtype=np.float64)) | (np.diff(measured.indptr) == 0)
+
     def line(self, P, z):
         "Return the line's logits, shape (n_cells, n_classes), of directions and embeddings; no temperature."
         return P @ self.weight + z @ self.embedding + self.bias

@@ -225,11 +225,12 @@ def _choice(X, layer, precision):
     return _fast if compiled else _plain, _SHARE[precision, compiled]
 
 
-def _corrected(x, layer, h):
-    "h and the layer's correction of low rank, if it has one; x is a tensor or a CSR matrix."
+def _corrected(x, layer, h, first=0):
+    "h and, in its rows from `first` on, the layer's correction of low rank, if it has one; x is a tensor or a CSR matrix."
     if layer.left is None: return h
-    small = torch.from_numpy(x @ layer.left) if sp.issparse(x) else x @ torch.from_numpy(layer.left)
-    return h.addmm_(small, torch.from_numpy(layer.right))
+    small = torch.from_numpy(x @ layer.left) if sp.issparse(x) else x[first:] @ torch.from_numpy(layer.left)
+    h[first:].addmm_(small, torch.from_numpy(layer.right))
+    return h
 
 
 _HALF = weakref.WeakKeyDictionary()  # layer → its weight in bfloat16
@@ -251,19 +252,28 @@ def _first(X, layer, way, share, dtype):
     return _corrected(X, layer, way(X, layer, share, dtype))
 
 
-def _rest(layers, h, dtype):
-    "From the first layer's output, before its bend, to points of unit length: a block of cells."
+def _rest(layers, h, dtype, first=0):
+    "From the first layer's output, before its bend, to points of unit length: a block of cells, corrected from `first` on."
     h = _bend(h, layers[0].slope)
     for layer in layers[1:]:
         # The last layer costs nothing, and its rounding would be the answer's.
         kind = torch.float32 if layer is layers[-1] else dtype
-        h = _bend(_corrected(h, layer, _linear(h, _weight(layer, kind), torch.from_numpy(layer.bias), kind)), layer.slope)
+        h = _bend(_corrected(h, layer, _linear(h, _weight(layer, kind), torch.from_numpy(layer.bias), kind), first), layer.slope)
     return F.normalize(h, p=2, dim=1).numpy()
 
 
 def _finish(layers, h, dtype, out):
     "Write the points of a part of the cells to `out`."
     for a in range(0, len(h), _ROWS): out[a:a + _ROWS] = _rest(layers, h[a:a + _ROWS], dtype)
+
+
+def _finish_both(twin, h, other, dtype, out):
+    "The same for both encoders of a twin; weights that they share are read once."
+    if not twin.shares: return _finish(twin.second, other, dtype, out[1]), _finish(twin.first, h, dtype, out[0])
+    for a in range(0, len(h), _ROWS):
+        part = h[a:a + _ROWS]
+        both = _rest(twin.second, torch.cat([part, other[a:a + _ROWS]]), dtype, len(part))
+        for o, points in zip(out, np.split(both, 2)): o[a:a + _ROWS] = points
 
 # %% ../nbs/01b_kernels.ipynb #3e268c95
 _SENT = weakref.WeakKeyDictionary()  # layer → {(device, dtype): tensors}
@@ -411,8 +421,8 @@ def _run(layers, X, batch, precision, device, twin=None):
         with torch.inference_mode():
             part = _rows(X, a, b)
             h = _first(part, layers[0], way, share, dtype)
-            if twin is not None: _finish(twin.second, h + twin.correction(part), dtype, out[1][a:b])
-            _finish(layers, h, dtype, out[0][a:b])
+            if twin is None: _finish(layers, h, dtype, out[0][a:b])
+            else: _finish_both(twin, h, h + twin.correction(part), dtype, [o[a:b] for o in out])
 
     _each(work, _parts(X.shape[0], batch))
     return out
@@ -458,6 +468,11 @@ class Twin:
     left: np.ndarray | None  # (n_genes, rank) float32; None if the rank is not low
     right: np.ndarray | None  # (rank, width)
     shift: np.ndarray | None  # (width,)
+
+    @property
+    def shares(self):
+        "Whether both have the same weights, with corrections in the second alone."
+        return all(a.weight is b.weight and a.bias is b.bias and a.slope is b.slope and a.left is None for a, b in zip(self.first, self.second))
 
     def correction(self, X):
         "What the second encoder's first layer adds to the first's: a tensor of shape (n_cells, width)."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predictions', 'as_table', 'untuned', 'open_bundle', 'Predictor', 'provenance', 'annotate', 'FileAnnotation',
-           'in_this_process', 'annotate_file', 'genes_to_cells']
+           'in_this_process', 'annotate_file', 'own_names', 'genes_to_cells']
 
 # %% ../nbs/03c_predict.ipynb #fbb15b7c
 import functools
@@ -12,7 +12,7 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import chain, repeat
 from pathlib import Path
 
 import anndata as ad
@@ -155,7 +155,7 @@ def open_bundle(bundle):
 # %% ../nbs/03c_predict.ipynb #4d4e4819
 # Of presets with ten genes each, on two bundles, those of taught types lay below 0.7 from a class, the others above 0.79.
 _PANEL_DISTANCE = 0.75
-_FEW_CELLS = 64  # from here on it pays to look for what adapter and base have in common
+_FEW_CELLS = 64  # from here on it pays to look for what an adapter that was added to the weights has in common with the base
 
 
 class Predictor:
@@ -193,6 +193,13 @@ class Predictor:
         return run_layers(self.layers, self._aligned(cells, units).X, **self._how)
 
     @functools.cached_property
+    def _own(self): return own_names(tuple(self.genes))
+
+    def read(self, cells, units="auto"):
+        "Return dictionaries of gene → value as `Cells`; arguments as for `genes_to_cells`."
+        return genes_to_cells(cells, self.genes, units, self._own)
+
+    @functools.cached_property
     def _twin(self): return make_twin(self.base.layers, self.layers)
 
     def _aligned(self, cells, units):
@@ -213,7 +220,7 @@ class Predictor:
             Of the adapted encoder and of the base; one and the same where nothing was adapted.
         """
         if not self.bundle.adapter_config: return (z := run_layers(self.layers, cells.X, **self._how)), z
-        if len(cells) < _FEW_CELLS: return run_layers(self.layers, cells.X, **self._how), self.base.embed(cells.X, **self._how)
+        if len(cells) < _FEW_CELLS and self.layers[0].weight is not self.base.layers[0].weight: return run_layers(self.layers, cells.X, **self._how), self.base.embed(cells.X, **self._how)
         frozen, z = run_twin(self._twin, cells.X, **self._how)
         return z, frozen
 
@@ -240,7 +247,7 @@ class Predictor:
         "Return calibrated probabilities, shape (n_cells, n_classes), of cells and their `embeddings`."
         path, m = self.bundle.genepath, cells.measured
         if path is None: whole = True
-        else: whole = np.array([path.whole(r.indices if r.nnz else None) for r in m]) & ~self._listed(cells) if sp.issparse(m) else path.whole(m)
+        else: whole = path.whole_rows(m) & ~self._listed(cells) if sp.issparse(m) else path.whole(m)
         return self.bundle.calibration.proba(*self.paths(cells, z, frozen), whole)
 
     def predict(self, cells, units="auto"):
@@ -474,44 +481,72 @@ def _check_values(cell, i):
         if v < 0: raise InputError(f"cell {i}: the value of {g} is negative; give counts or log1p values, not scaled ones")
 
 
-def _linear(cell, i, units):
-    "One cell's values made linear, and the unit that they were in."
-    if not cell: raise InputError(f"cell {i}: no genes given; give at least one, such as {{'CD19': 8.5}}")
-    if not set(map(type, cell.values())) <= {int, float}: _check_values(cell, i)
-    v = np.array(list(cell.values()), np.float64)
-    if not np.isfinite(v).all() or v.min() < 0: _check_values(cell, i)
-    if units == "auto": units = "log1p_cp10k" if (v != np.rint(v)).any() and v.max() < 20 else "counts"
-    if units == "log1p_cp10k" and v.max() > 50: raise InputError(f"cell {i}: a log1p value of {v.max():g} cannot be; give units='counts'")
-    return (np.expm1(v) if units == "log1p_cp10k" else v), units
+def _check_cells(cells):
+    "Say which cell has no genes, or a value that is none."
+    for i, c in enumerate(cells):
+        if not c: raise InputError(f"cell {i}: no genes given; give at least one, such as {{'CD19': 8.5}}")
+        _check_values(c, i)
 
 
-def _rows(places, values, n):
-    "A CSR matrix from the columns and values of each row; ones where there are no values."
-    indices = np.concatenate(places)
-    X = sp.csr_matrix((np.ones(len(indices)) if values is None else np.concatenate(values), indices, np.cumsum([0, *map(len, places)])), (len(places), n))
-    X.sum_duplicates()
-    return X
+def _every_value(cells): return chain.from_iterable(c.values() for c in cells)
 
 
-@lru_cache(8)
-def _own_names(genes):
-    "Name → column of the names that the model itself has: with only these, no neighbours have to be asked."
+def _linear(cells, units):
+    """Values made linear, those of all cells in a row; where each cell begins; the unit that each was in.
+
+    A request of many cells is read as one: a loop over single values would take longer than the model.
+    """
+    if not all(cells) or not set(map(type, _every_value(cells))) <= {int, float}: _check_cells(cells)
+    size = np.array([len(c) for c in cells])
+    v, begin = np.fromiter(_every_value(cells), np.float64, size.sum()), np.cumsum(size) - size
+    if not (np.isfinite(v) & (v >= 0)).all(): _check_cells(cells)
+    units, most = np.array([units] * len(cells) if isinstance(units, str) else units, object), np.maximum.reduceat(v, begin)
+    broken = np.logical_or.reduceat(v != np.rint(v), begin)
+    units = np.where(units == "auto", np.where(broken & (most < 20), "log1p_cp10k", "counts"), units)
+    logs = units == "log1p_cp10k"
+    for i in np.flatnonzero(logs & (most > 50))[:1]: raise InputError(f"cell {i}: a log1p value of {most[i]:g} cannot be; give units='counts'")
+    return np.expm1(v, out=v, where=np.repeat(logs, size)), begin, units
+
+
+# %% ../nbs/03c_predict.ipynb #fcea734a
+@functools.lru_cache(8)
+def own_names(genes):
+    """Return name → column of the names that a model itself has: with only these, no neighbours have to be asked.
+
+    Parameters
+    ----------
+    genes : tuple of str, length n
+
+    Returns
+    -------
+    dict of str to int
+    """
     usable = is_gene(genes) & ~is_other_species(genes)
     return {g: j for j, (g, ok) in enumerate(zip(genes, usable)) if ok}
 
 
-def _places(cells, genes):
-    "The model's column of each gene of each cell, as `place_genes` gives it."
-    own, same = _own_names(tuple(genes)), {}
+def _places(cells, genes, own):
+    "The model's column of each gene, those of all cells in a row, as `place_genes` gives it."
+    same, out = {}, []
     for c in cells:
-        names = [str(g).strip() for g in c]
-        to = [own.get(g, -1) for g in names]
-        # Cells of one panel have the same names, which are looked up once.
-        if -1 in to and (to := same.get(key := tuple(names))) is None: to = same[key] = place_genes(names, genes)
-        yield np.array(to, dtype=int)
+        to = np.fromiter(map(own.get, c, repeat(-1)), np.int64, len(c))
+        if to.min() < 0:
+            # Cells of one panel have the same names, which are looked up once.
+            if (names := tuple(c)) not in same: same[names] = place_genes(names, genes)
+            to = same[names]
+        out.append(to)
+    return np.concatenate(out)
 
 
-def genes_to_cells(cells, genes, units="auto"):
+def _matrix(chosen, row, column, values, shape):
+    "A CSR matrix of some of the values, in whose rows a gene stands once."
+    X = sp.csr_matrix((values[chosen], column[chosen], np.searchsorted(row[chosen], np.arange(shape[0] + 1))), shape)
+    X.sum_duplicates()
+    return X
+
+
+# %% ../nbs/03c_predict.ipynb #bf0fc9b0
+def genes_to_cells(cells, genes, units="auto", own=None):
     """Turn dictionaries of gene → value into cells as the model reads them.
 
     Parameters
@@ -522,6 +557,8 @@ def genes_to_cells(cells, genes, units="auto"):
         The model's genes.
     units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}, or a sequence of them
         What the values are, of all cells or of each.
+    own : dict of str to int, optional
+        `own_names` of the genes, where they are at hand.
 
     Returns
     -------
@@ -534,16 +571,16 @@ def genes_to_cells(cells, genes, units="auto"):
     InputError
         If a value is no finite number or negative, or a cell has no gene that the model knows.
     """
-    linear = [_linear(c, i, units if isinstance(units, str) else units[i]) for i, c in enumerate(cells)]
-    to = list(_places(cells, genes))
-    used = np.array([(t >= 0).sum() for t in to])
-    if not used.all():
-        i = int(np.argmin(used))
+    (v, begin, units), to = _linear(cells, units), _places(cells, genes, own_names(tuple(genes)) if own is None else own)
+    size = np.diff(begin, append=len(v))
+    row, known, shape = np.repeat(np.arange(len(size)), size), to >= 0, (len(size), len(genes))
+    used = np.bincount(row[known], minlength=len(size))
+    for i in np.flatnonzero(used == 0)[:1]:
         raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(_short(g) for g in list(cells[i])[:3])}); give human gene symbols or Ensembl ids")
-    panel, keep = used < FEW_GENES, [t >= 0 for t in to]
-    X = _rows([t[k] for t, k in zip(to, keep)], [v[k] for (v, _), k in zip(linear, keep)], len(genes))
     # A cell that comes with zeros says which genes were looked for; one without leaves out its zeros, or lists a few genes.
-    given = _rows([t[k] if any(v == 0 for v in c.values()) else t[:0] for t, k, c in zip(to, keep, cells)], None, len(genes))
+    told = known & np.logical_or.reduceat(v == 0, begin)[row]
+    X, given = _matrix(known, row, to, v, shape), _matrix(told, row, to, np.ones(len(v)), shape)
     X.eliminate_zeros()
-    obs = pd.DataFrame(dict(units=[u for _, u in linear], genes_used=used, genes_unknown=[len(c) for c in cells] - used))
-    return Cells(log1p_cp10k(X), obs, list(genes), panel=panel, measured=given)
+    obs = pd.DataFrame(dict(units=units, genes_used=used, genes_unknown=size - used))
+    return Cells(log1p_cp10k(X), obs, genes, panel=used < FEW_GENES, measured=given)
+
