@@ -57,6 +57,16 @@ class Encoder(nn.Module):
         return F.normalize(x, p=2, dim=1)
 
 # %% ../nbs/02_base.ipynb #553c5b3d
+def _turned(W, delta, scale, step=512):
+    "(W + delta) times each row's scale, turned to (in, out) as float32: some columns at a time, since all in float64 would take seconds."
+    out = torch.empty(W.shape[::-1], dtype=torch.float32)
+    for a in range(0, W.shape[1], step):
+        part = W[:, a:a + step].double()
+        if delta is not None: part = part + delta[:, a:a + step].double()
+        out[a:a + step] = (part if scale is None else part * scale[:, None]).T
+    return out.numpy()
+
+
 def linear_names(encoder):
     """Return the names of an encoder's linear layers, read from the module itself.
 
@@ -99,13 +109,12 @@ def fold(encoder, deltas=None):
     for i, block in enumerate(encoder.network):
         linear, norm, bend = (block[1], block[2], block[3]) if isinstance(block, nn.Sequential) else (block, None, None)
         name = f"network.{i}.1" if norm is not None else f"network.{i}"
-        W, b = linear.weight.detach().double(), linear.bias.detach().double()
-        if deltas and name in deltas: W = W + deltas[name].double()
+        b, scale = linear.bias.detach().double(), None
         if norm is not None:
             scale = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
-            W, b = W * scale[:, None], (b - norm.running_mean.double()) * scale + norm.bias.detach().double()
+            b = (b - norm.running_mean.double()) * scale + norm.bias.detach().double()
         slope = bend.weight.detach().float().numpy() if bend is not None else np.empty(0, np.float32)
-        out.append(Layer(np.ascontiguousarray(W.T.float().numpy()), b.float().numpy(), slope))
+        out.append(Layer(_turned(linear.weight.detach(), (deltas or {}).get(name), scale), b.float().numpy(), slope))
     return out
 
 # %% ../nbs/02_base.ipynb #9d251adb

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ScimloraError', 'InputError', 'atomic_path', 'atomic_dir', 'check_output', 'write_json', 'read_json', 'sha256',
-           'versions', 'seed_everything', 'leads', 'progress']
+           'versions', 'seed_everything', 'leads', 'progress', 'late']
 
 # %% ../nbs/00_core.ipynb #b8098dbd
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import math
@@ -253,3 +254,16 @@ def progress(iterable=None, desc="", total=None, unit="it"):
     env = os.environ.get("SCIMLORA_PROGRESS")
     show = sys.stderr.isatty() if env is None else env != "0"
     return tqdm(iterable, desc=desc, total=total, unit=unit, disable=not show or not leads(), dynamic_ncols=True, leave=False)
+
+# %% ../nbs/00_core.ipynb #65a3cff8
+class late:
+    """Stand for a module until something of it is asked for.
+
+    Parameters
+    ----------
+    name : str
+        As in `import name`.
+    """
+
+    def __init__(self, name): self._name = name
+    def __getattr__(self, what): return getattr(importlib.import_module(self._name), what)

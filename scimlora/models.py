@@ -125,8 +125,7 @@ class Models:
             b = open_bundle(p) if isinstance(p, (str, Path)) else p
             sha = b.manifest["base"]["sha256"].get("encoder.ckpt")
             base = base_of(b, self._bases.get(sha, self._base))
-            p = Predictor(b, base)
-            p.layers = shared_layers(base, b.adapter_config, b.adapter) or p.layers
+            p = Predictor(b, base, layers=shared_layers(base, b.adapter_config, b.adapter))
             b.baselines = {}  # for `evaluate`, not for answers
         self._bases[p.base.sha256.get("encoder.ckpt")] = p.base
         self._open[name] = p, _own_bytes(p)
