@@ -94,7 +94,7 @@ class CellFile:
         "Return the table of genes that belongs to a place."
         return self.raw_var if where == "raw.X" else self.var
 
-    def chunks(self, where, values=8_000_000):
+    def chunks(self, where, values=4_000_000):
         "Return slices of rows that hold about so many values each."
         a_cell = max(1, self.places[where].nnz / max(1, self.n_obs))
         step = int(min(max(values / a_cell, 64), 50_000))

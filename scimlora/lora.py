@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'VARIANTS', 'TuneConfig', 'lora_targets', 'add_lora', 'set_train_mode', 'parameter_counts',
            'recalibrate_batchnorm', 'changed_names', 'tunable', 'Tuned', 'train_lora', 'check_adapter',
-           'adapter_deltas', 'adapted_layers', 'can_weaken', 'weaken']
+           'adapter_deltas', 'adapted_layers', 'served_layers', 'can_weaken', 'weaken']
 
 # %% ../nbs/03_lora.ipynb #a085f87d
 import copy
@@ -637,6 +637,41 @@ def adapted_layers(encoder, config, tensors, strength=1.0):
     if lacking: raise InputError(f"{_TENSORS}: lacks {lacking[0]}; copy the bundle again")
     tuned.load_state_dict(state | {n: t if strength == 1 else torch.lerp(state[n], t, strength) for n, t in tensors.items()})
     return fold(tuned)
+
+# %% ../nbs/03_lora.ipynb #dfd9a502
+def served_layers(base, config, tensors):
+    """Turn a base and an adapter into the layers that are served: LoRA as a correction beside the base's own weights.
+
+    Parameters
+    ----------
+    base : scimlora.base.Base
+    config, tensors : dict
+        As in `adapted_layers`.
+
+    Returns
+    -------
+    list of scimlora.base.Layer
+        DoRA, `bn` and `full`, which are no correction of low rank, have weights of their own.
+
+    Raises
+    ------
+    InputError
+        As `adapted_layers` does.
+    """
+    method = check_adapter(config, tensors) if config else "linear"
+    if method in ("linear", "prototype"): return base.layers
+    if method != "lora" or config.get("use_dora"): return adapted_layers(base.encoder, config, tensors)
+    (scale, parts), names, out = _lora(config, tensors), linear_names(base.encoder), []
+    for layer, (A, B, _) in parts.items():
+        _fits(layer, (len(B), A.shape[1]), list(base.layers[names.index(layer)].weight.shape[::-1]) if layer in names else [])
+    for name, layer, block in zip(names, base.layers, base.encoder.network):
+        if name in parts:
+            A, B = (t.double().numpy() for t in parts[name][:2])
+            norm = block[2] if layer.slope.size else None
+            rows = scale if norm is None else scale * (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()).detach().numpy()
+            layer = replace(layer, left=np.ascontiguousarray(A.T, np.float32), right=np.ascontiguousarray(B.T * rows, np.float32))
+        out.append(layer)
+    return out
 
 # %% ../nbs/03_lora.ipynb #854c3bb4
 def can_weaken(config):

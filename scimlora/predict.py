@@ -28,8 +28,8 @@ from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genepath import FEW_GENES
 from .genes import is_gene, is_other_species, place_genes
-from .kernels import find_device, make_twin, run_layers, run_twin
-from .lora import Head, adapted_layers
+from .kernels import find_device, run_both, run_layers
+from .lora import Head, served_layers
 from .rows import ahead, h5_for_writing
 
 # %% ../nbs/03c_predict.ipynb #5e1919df
@@ -157,7 +157,6 @@ def open_bundle(bundle):
 # %% ../nbs/03c_predict.ipynb #4d4e4819
 # Of presets with ten genes each, on two bundles, those of taught types lay below 0.7 from a class, the others above 0.79.
 _PANEL_DISTANCE = 0.75
-_FEW_CELLS = 64  # from here on it pays to look for what an adapter that was added to the weights has in common with the base
 
 
 class Predictor:
@@ -173,8 +172,6 @@ class Predictor:
         As in `scimlora.kernels.run_layers`.
     device : str
         As in `scimlora.kernels.find_device`.
-    layers : list of Layer, optional
-        The adapted encoder, where it is at hand; by default the bundle's adapter added to the base's weights.
 
     Raises
     ------
@@ -182,13 +179,13 @@ class Predictor:
         If the base is not the one that the bundle was made on, or there is no such device.
     """
 
-    def __init__(self, bundle, base=None, precision="float32", device="cpu", layers=None):
+    def __init__(self, bundle, base=None, precision="float32", device="cpu"):
         self.source = (None if isinstance(bundle, Bundle) else str(bundle), base, precision, device)
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.base = base_of(self.bundle, base)
         self.genes, self.classes = self.base.genes, self.bundle.classes
         self._how = dict(precision=precision, device=find_device(device))
-        self.layers = layers or adapted_layers(self.base.encoder, self.bundle.adapter_config, self.bundle.adapter)
+        self.layers = served_layers(self.base, self.bundle.adapter_config, self.bundle.adapter)
         lin = self.bundle.head.linear
         self._W, self._b = lin.weight.detach().double().numpy().T, lin.bias.detach().double().numpy()
 
@@ -202,9 +199,6 @@ class Predictor:
     def read(self, cells, units="auto"):
         "Return dictionaries of gene → value as `Cells`; arguments as for `genes_to_cells`."
         return genes_to_cells(cells, self.genes, units, self._own)
-
-    @functools.cached_property
-    def _twin(self): return make_twin(self.base.layers, self.layers)
 
     def _aligned(self, cells, units):
         if isinstance(cells, Cells): return cells
@@ -224,8 +218,7 @@ class Predictor:
             Of the adapted encoder and of the base; one and the same where nothing was adapted.
         """
         if not self.bundle.adapter_config: return (z := run_layers(self.layers, cells.X, **self._how)), z
-        if len(cells) < _FEW_CELLS and self.layers[0].weight is not self.base.layers[0].weight: return run_layers(self.layers, cells.X, **self._how), self.base.embed(cells.X, **self._how)
-        frozen, z = run_twin(self._twin, cells.X, **self._how)
+        frozen, z = run_both(self.base.layers, self.layers, cells.X, **self._how)
         return z, frozen
 
     def paths(self, cells, z, frozen):
