@@ -131,6 +131,18 @@ def test_the_page_says_what_the_table_says(done):
     assert (done / "SCIENCE.png").stat().st_size > 10_000
 
 
+def test_what_is_behind_is_said_with_what_explains_it(suite):
+    report, row = suite["report"], suite["store"].Row
+    line = lambda method, kind, f1, accuracy, **more: dict(task="A", shots="full", seed=0, method=method, kind=kind, macro_f1=f1, accuracy=accuracy, best_peer="logistic regression, genes", **more)
+    t = pd.DataFrame([line("logistic regression, genes", "peer", .9, .9), line("frozen base + linear", "ours", .6, .7), line("LoRA", "ours", .7, .8),
+                      line("scimlora", "ours", .8, .95, difference=-.1, low=-.12, high=-.08)])
+    y = np.repeat([0, 1], [95, 5])
+    rows = [row("A", 0, 0, "scimlora", 9, 1.0, 1.0, y, np.eye(2)[y], y, {})]
+    assert [(b[0], b[3]) for b in report.behind(t)] == [("scimlora, best peer", "scimlora")]
+    assert report.behind_lines(t, rows)[2] == "| scimlora, best peer | A, full | -10.0 | +5.0 | -30.0 | 5 | 10.0 |"
+    assert report.behind_lines(t[t.method != "scimlora"], rows) == ["Nothing."]
+
+
 def test_bases_made_elsewhere_win_and_others_are_kept_under_their_code(suite, tmp_path, monkeypatch):
     T, made = suite["tasks"], []
     monkeypatch.setattr(T, "load_base", lambda path: path)

@@ -1,5 +1,6 @@
 """What the stored runs come to: a table of runs, a page and a figure. Every number is computed from the stored predictions."""
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from scimlora.evaluation import COLOURS, paired_difference
 from suite.methods import METHODS, PINS
 from suite.tasks import CONFIRM, PUBLIC
 
+HERE = Path(__file__).parent.parent
 OURS, PEERS = ([m.name for m in METHODS.values() if m.kind == kind] for kind in ("ours", "peer"))
 SHOWN = ("logistic regression, genes", "CellTypist, features selected", "scANVI", "frozen base + linear", "LoRA", "scimlora")  # lines of the figure
 
@@ -155,6 +157,52 @@ def target_lines(t):
     return lines or ["No run of scimlora is stored yet."]
 
 
+# What was missed ------------------------------------------------------------------------------------------------------
+
+
+def behind(t):
+    "Settings in which scimlora is behind the best peer by more than wanted, or LoRA behind frozen base + linear: (what, task, shots, first, second or None for the best peer)."
+    full, few = ((t.method == "scimlora") & t.difference.notna() & ((t.shots == "full") == f) for f in (True, False))
+    for r in t[full].itertuples():
+        if r.difference < -standard_error(r): yield "scimlora, best peer", r.task, "full", "scimlora", None
+    d = t[few].groupby(["task", "shots"]).difference.mean() * 100
+    for task, shots in d.index[d < WANTED["few_worst"]]: yield "scimlora, best peer", task, shots, "scimlora", None
+    for (task, shots), g in t.groupby(["task", "shots"], sort=False):
+        f1 = g.groupby("method").macro_f1.mean()
+        if shots in (25, "full") and f1.get("LoRA", 1) < f1.get("frozen base + linear", 0): yield "LoRA, frozen base + linear", task, shots, "LoRA", "frozen base + linear"
+
+
+def behind_lines(t, rows):
+    "A table of these settings with what explains them: how well the base tells the types, and how few cells decide."
+    true, lines = {r.task: r.y for r in rows}, []
+    for what, task, shots, first, second in behind(t):
+        g = t[(t.task == task) & (t.shots == shots)]
+        mine, theirs = (g[g.method == first], g[g.method == g.best_peer] if second is None else g[g.method == second])
+        diff = [100 * (mine[k].mean() - theirs[k].mean()) for k in ("macro_f1", "accuracy")]
+        known = 100 * (g[g.method == "frozen base + linear"].macro_f1.mean() - g[g.method == "logistic regression, genes"].macro_f1.mean())
+        count = np.bincount(true[task])
+        lines.append([what, f"{task}, {shots}", *(f"{d:+.1f}" for d in diff), f"{known:+.1f}", str(count[count > 0].min()), f"{100 / (len(count) * count[count > 0].min()):.1f}"])
+    head = ["method", "task", "macro-F1", "accuracy", "base against genes", "cells of the rarest type", "one of them is worth"]
+    return [*markdown(head, lines), "", "*Base against genes*: frozen base + linear less logistic regression on genes, in points of macro-F1: how much the base knows of what is asked. "
+            "*One of them is worth*: points of macro-F1 that one test cell of the rarest type decides."] if lines else ["Nothing."]
+
+
+def tried_lines(t, folder):
+    "What was tried against it, and what it gave, from the tables of those runs."
+    ours, tried = t[t.method == "scimlora"], pd.read_csv(folder / "TRIED.csv")
+    for what, g in tried[tried.method == "scimlora"].groupby("tried", sort=False):
+        both = g.astype({"shots": str}).merge(ours.astype({"shots": str}), on=["task", "shots", "seed"], suffixes=("", "_now"))
+        d = 100 * (both.macro_f1 - both.macro_f1_now).groupby(both.task).mean()
+        if len(d): yield f"- {what[0].upper()}{what[1:]}, on every task (`TRIED.csv`): {d.mean():+.1f} points against what is there now, best {d.max():+.1f} ({d.idxmax()}), worst {d.min():+.1f} ({d.idxmin()})."
+    c = pd.read_csv(folder / "COVERAGE.csv")
+    for known, g in c.groupby(c.coverage >= 0.6):
+        d = 100 * (g["share 0.35"] - g["share 0"]).groupby(g.task).mean()
+        yield (f"- The gene path's line with the embedding beside the genes, on {len(d)} held-out tasks that the base {'knows' if known else 'does not know'} (`COVERAGE.csv`): {d.mean():+.1f} points, "
+               f"from {d.min():+.1f} to {d.max():+.1f}. " + ("So it has it there." if known else "So it reads the genes alone there."))
+    s = pd.read_csv(folder / "SETTINGS.csv").groupby(["setting", "task", "cells_a_class"]).macro_f1.mean().unstack("setting") * 100
+    for name in s.columns.drop("default"): yield f"- In place of LoRA's default, {name} (`SETTINGS.csv`, on cells that no benchmark reports): {(s[name] - s.default).mean():+.1f} points."
+
+
 # The page -------------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +265,7 @@ def page(t, rows, tasks, command):
              "The *best peer* of a draw is the one with the highest macro-F1 on the test cells themselves, which favours the peers. Seconds are processor time of fitting and predicting, one thread, when a run was made first. "
              "ECE is of each method's highest probability: the SVM's are softmaxed margins, CellTypist's one-versus-rest. scANVI needs counts and sees the test cells without their labels.",
              "", "## Targets", "", *target_lines(t)]
+    lines += ["", "## Where it is behind, and what was tried", "", *behind_lines(t, rows), "", *tried_lines(t, HERE)]
     for group, head, note in ((names[0], "The public tasks", "The gene path (its constants, and how lines and profiles are mixed) was built while looking at these: take its lead as flattered."),
                               (names[1], "Tasks that no constant of the gene path was chosen on", "The base had not seen these studies either. The encoder's share (0.2, or none where it is 10 points behind) was fixed on the public tasks and two of these, and kept after a look at all.")):
         if group:
