@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOST', 'parse_genes', 'genes_to_link', 'genes_from_link', 'presets', 'preset_text', 'some_rows', 'pca_xy', 'leiden',
-           'cluster_cells', 'vote', 'per_cluster', 'marker_dots', 'Looked', 'look', 'reliability', 'for_the_page',
-           'check_recordable', 'record_evaluation']
+           'cluster_cells', 'vote', 'per_cluster', 'cluster_columns', 'marker_dots', 'Looked', 'look', 'grouped',
+           'reliability', 'for_the_page', 'check_recordable', 'record_evaluation']
 
 # %% ../nbs/06d_page.ipynb #30024f87
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anndata as ad
 import h5py
@@ -226,6 +226,31 @@ def per_cluster(table):
                                    confidence=("confidence", "mean"))
     return out.sort_values("cells", ascending=False, kind="stable").reset_index()
 
+# %% ../nbs/06d_page.ipynb #a0f6cf11
+_GROUPS = 300  # more distinct values name cells rather than groups of them
+
+
+def cluster_columns(obs):
+    """Return the columns of a file that group its cells.
+
+    Parameters
+    ----------
+    obs : pandas.DataFrame
+        The file's own, with or without an annotation of scimlora's.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As text, a missing value as `missing`: columns of 2 to 300 distinct values, at most one for two cells, and of no fractions.
+    """
+    found = {}
+    for name in obs.columns[~obs.columns.str.startswith("scimlora_")]:
+        s = obs[name]
+        if pd.api.types.is_bool_dtype(s) or (pd.api.types.is_float_dtype(s) and not (s.dropna() % 1 == 0).all()): continue
+        if pd.api.types.is_float_dtype(s): s = s.astype("Int64")
+        if 2 <= s.nunique() <= min(_GROUPS, len(s) / 2): found[name] = s.astype(object).where(s.notna(), "missing").astype(str).to_numpy(object)
+    return pd.DataFrame(found, index=obs.index)
+
 # %% ../nbs/06d_page.ipynb #a7a46e77
 def marker_dots(X, genes, labels, n_types=10, n_genes=3):
     """Find what marks each label, and how strongly each label's cells express it.
@@ -269,6 +294,7 @@ class Looked:
     rows: np.ndarray  # the cells on the map
     z: np.ndarray  # their embedding, shape (n_rows, latent)
     notes: list  # what was done to the values, in words
+    own: pd.DataFrame  # the file's own columns that group cells, from `cluster_columns`
 
 
 def _sample(path, genes, units, rows):
@@ -277,6 +303,9 @@ def _sample(path, genes, units, rows):
         a = Alignment(cells, genes, units)
         pieces = [a.cells(s).X[rows[(rows >= s.start) & (rows < s.stop)] - s.start] for s in a.chunks()]
     return sp.vstack(pieces, format="csr")
+
+
+def _write_votes(f, table): add_columns(f, {f"scimlora_{c}": pd.Categorical(table[c]) for c in ("cluster", "majority")})
 
 
 def look(path, genes, units="auto", notes=(), most=MOST):
@@ -303,9 +332,30 @@ def look(path, genes, units="auto", notes=(), most=MOST):
     obs["scimlora_confidence"] = obs.scimlora_confidence.astype(float)  # an h5ad holds single precision
     table, rows = as_table(obs, obs.index), some_rows(len(obs), most)
     table = vote(table, cluster_cells(z, rows))
-    with h5py.File(path, "r+") as f: add_columns(f, {f"scimlora_{c}": pd.Categorical(table[c]) for c in ("cluster", "majority")})
+    with h5py.File(path, "r+") as f: _write_votes(f, table)
     dots = marker_dots(_sample(path, genes, units, rows), genes, table.cell_type.where(~table.unassigned, "unassigned").to_numpy(object)[rows])
-    return Looked(table, per_cluster(table), dots[dots.marks != "unassigned"], rows, z[rows], list(notes))
+    return Looked(table, per_cluster(table), dots[dots.marks != "unassigned"], rows, z[rows], list(notes), cluster_columns(obs))
+
+
+def grouped(path, seen, column):
+    """Let a file's own clusters vote, and write them and their votes into it.
+
+    Parameters
+    ----------
+    path : str or Path
+        The annotated h5ad.
+    seen : Looked
+        From `look`.
+    column : str
+        One of `seen.own`.
+
+    Returns
+    -------
+    Looked
+    """
+    table = vote(seen.table, seen.own[column])
+    with h5py.File(path, "r+") as f: _write_votes(f, table)
+    return replace(seen, table=table, clusters=per_cluster(table))
 
 # %% ../nbs/06d_page.ipynb #32c7b712
 def reliability(confidence, right, bins=10):

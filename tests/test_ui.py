@@ -293,6 +293,19 @@ def test_a_map_is_laid_out_once_and_coloured_anew(page, cells_file):
     assert xy["UMAP"] is umap and xy["PCA"].shape == (120, 2) and not errors(at)
 
 
+def test_the_files_own_clusters_may_vote(pancreas, cells_file):
+    at = press(upload(pancreas, cells_file.read_bytes()), "Annotate the cells")
+    found = at.session_state["file"]["result"].seen
+    at.selectbox(key="clusters").set_value("cell_type").run()
+    clusters = next(d.value for d in at.main.dataframe if list(d.value)[0] == "cluster")
+    assert sorted(clusters.cluster) == sorted(set(ad.read_h5ad(cells_file).obs.cell_type)) and not errors(at)
+    result = at.session_state["file"]["grouped"]["cell_type"]
+    back = ad.read_h5ad(io.BytesIO(result.h5ad)).obs
+    assert (back.scimlora_cluster == back.cell_type).all() and back.scimlora_majority.tolist() == result.seen.table.majority.tolist()
+    at.selectbox(key="clusters").set_value(None).run()
+    assert sorted(next(d.value for d in at.main.dataframe if list(d.value)[0] == "cluster").cluster) == sorted(set(found.table.cluster))
+
+
 def test_another_file_replaces_the_result(pancreas, cells_file, other_cells, tmp_path):
     at = press(upload(pancreas, cells_file.read_bytes()), "Annotate the cells")
     upload(at, as_bytes(other_cells[:10].copy(), tmp_path), "ten.h5ad")

@@ -14,7 +14,7 @@ import pandas as pd
 import streamlit as st
 from page import charts
 
-from scimlora.backends import Local, Remote, Trouble
+from scimlora.backends import Local, Remote, Trouble, grouped_by
 from scimlora.core import InputError
 from scimlora.page import genes_from_link, genes_to_link, parse_genes, pca_xy, preset_text, presets
 from scimlora.uploads import KINDS
@@ -161,16 +161,27 @@ def annotate_file(backend):
     if file is None: return
     state = st.session_state.get("file")
     if state is None or state["of"] != (file.file_id, units):
-        state = st.session_state.file = {"of": (file.file_id, units), "xy": {}}
+        state = st.session_state.file = {"of": (file.file_id, units), "xy": {}, "grouped": {}}
     if "findings" not in state:
         with st.spinner("Looking into the file …"): state["findings"] = backend.findings(file.name, file.getvalue(), units)
     show_findings(state["findings"])
     if not state["findings"]["ok"]: return
     if st.button("Annotate the cells", type="primary"):
         state.pop("result", None)
-        state["xy"] = {}
+        state["xy"], state["grouped"] = {}, {}
         state["result"] = annotated(backend, file, units)
-    if "result" in state: show_annotated(state["result"], state["xy"], Path(file.name).name.split(".")[0])
+    if "result" in state: show_annotated(with_clusters(state), state["xy"], Path(file.name).name.split(".")[0])
+
+
+def with_clusters(state):
+    "Ask whose clusters vote, where the file has some of its own; each choice is computed once."
+    result = state["result"]
+    if not len(result.seen.own.columns): return result
+    column = st.selectbox("Clusters that vote", [None, *result.seen.own], format_func=lambda c: "found here, by Leiden's method" if c is None else f"the file's {c}", key="clusters",
+                          help="Each cluster takes the label of its majority.")
+    if column is None: return result
+    if column not in state["grouped"]: state["grouped"][column] = grouped_by(result, column)
+    return state["grouped"][column]
 
 
 def annotated(backend, file, units):
@@ -250,7 +261,7 @@ def show_tables(seen):
     "Show clusters and cells as tables."
     share = lambda name: st.column_config.ProgressColumn(name, min_value=0, max_value=1, format="percent")
     st.subheader("Every cluster")
-    st.caption("Cells that lie together, found by Leiden's method on the model's embedding; each takes the label of its majority.")
+    st.caption("Each takes the label of its majority. Unless the file's own are chosen above, they are cells that lie together, found by Leiden's method on the model's embedding.")
     st.dataframe(seen.clusters, hide_index=True, height=min(320, 38 + 35 * len(seen.clusters)), column_config={
         "cluster": "Cluster", "majority": "Majority", "cells": "Cells", "agree": share("Agree"), "unassigned": share("Unassigned"), "confidence": share("Confidence")})
     st.subheader("Every cell")
