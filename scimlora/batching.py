@@ -26,7 +26,7 @@ class _Part:
 
     def __init__(self, items, future): self.items, self.future = items, future
 
-
+# %% ../nbs/05e_batching.ipynb #c1d98666
 class Batcher:
     """Gather what several callers ask into batches for one thread.
 

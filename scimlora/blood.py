@@ -123,7 +123,7 @@ def held_out_numbers(folder, settings={}):
         if not donors: tables.append(table)  # the donor's cells are in their study already
     return out, pd.concat(tables, ignore_index=True)
 
-
+# %% ../nbs/07a_blood.ipynb #24c26b8a
 def _by_class(table):
     "Precision, recall and F1 of each class over scored cells."
     classes = sorted(set(table.label) | set(table.cell_type))

@@ -149,7 +149,7 @@ def class_centroids(y, n_classes, *embeddings):
     """
     return [class_means(z, y, n_classes).astype(np.float32) for z in embeddings]
 
-
+# %% ../nbs/03a_calibration.ipynb #70442dca
 def centroid_distance(z, centroids):
     """Return each cell's cosine distance to the nearest class centroid.
 

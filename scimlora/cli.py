@@ -210,7 +210,7 @@ def errors(bundle: BundleArg, test: Annotated[Path, typer.Argument(help="h5ad fi
     print(errors_text(found))
     _say(f"{out}: {', '.join(files)}")
 
-
+# %% ../nbs/08_cli.ipynb #171fb2f2
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="folder with metrics.json, errors.json and bundle/")]):
     "Write the Design Analysis Report of a run."
@@ -259,7 +259,7 @@ def serve(bundle: BundleArg, host: Annotated[Optional[str], typer.Option("--host
     if public and "rate" not in given and "SCIMLORA_RATE" not in os.environ: given["rate"] = 600
     run(bundle, base, _pairs("--also", also), _say, (lambda s, p: tunnel(p, s.keys, _say)) if public else None, **given)
 
-
+# %% ../nbs/08_cli.ipynb #23e133c9
 def _pairs(option, texts):
     "NAME=VALUE texts as a dictionary."
     out = {}

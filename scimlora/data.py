@@ -309,7 +309,7 @@ def _notes(r):
     if r["duplicated_cells"]: yield f"{r['duplicated_cells']:,} cell names occur more than once; all cells are kept"
     if r["empty_cells"]: yield f"{r['empty_cells']:,} cells have no counts in the model's genes"
 
-
+# %% ../nbs/01_data.ipynb #f628c0b4
 class Alignment:
     """Turn a file's cells into log1p CP10K values in a model's gene order, a chunk of rows at a time.
 

@@ -467,7 +467,7 @@ def _notes(scored):
     elif len(set(scored.donor)) < 2: notes.append("all test cells are of one donor, so donor effects cannot be told")
     return notes
 
-
+# %% ../nbs/05_error_analysis.ipynb #489d1e81
 def score_file(predictor, source, label=None, donor=None, units="auto"):
     """Read labelled test cells and call them.
 

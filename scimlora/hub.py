@@ -153,7 +153,7 @@ def push(bundle, repo, private=True, dry_run=False, say=print):
         _send(api, repo, "model", files, "scimlora push")
         return str(url)
 
-
+# %% ../nbs/06e_hub.ipynb #906687cb
 _BUNDLE_FILES = {*FILES, "README.md", "genepath.safetensors", "baselines.safetensors"}
 
 
@@ -241,7 +241,7 @@ def wait_until_it_runs(api, repo, seconds, say, every=5.0):
         last = stage
         time.sleep(every)
 
-
+# %% ../nbs/06e_hub.ipynb #bff97bbc
 def deploy_space(repo, folder="ui", bundle=None, api_url="", private=False, dry_run=False, seconds=900, every=5.0, say=print):
     """Make a Space of the page, or renew it: create, upload, set variables and secrets, restart, wait until it runs.
 

@@ -232,7 +232,7 @@ def _corrected(x, layer, h, first=0):
     h[first:].addmm_(small, torch.from_numpy(layer.right))
     return h
 
-
+# %% ../nbs/01b_kernels.ipynb #e415668c
 _HALF = weakref.WeakKeyDictionary()  # layer → its weight in bfloat16
 
 
@@ -317,7 +317,7 @@ def _send(values, device):
     t = torch.from_numpy(values)
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
-
+# %% ../nbs/01b_kernels.ipynb #4ec4f657
 def _dense_on(part, device):
     "Cells as a dense tensor on a device."
     # The number of values is told, since the device would have to be waited for to count them.
@@ -377,7 +377,7 @@ def _each(work, bounds):
             with ThreadPoolExecutor(threads) as pool: list(pool.map(lambda p: work(*p), pairs))
         finally: torch.set_num_threads(threads)
 
-
+# %% ../nbs/01b_kernels.ipynb #3273e96b
 def run_layers(layers, X, batch=4096, precision="float32", device="cpu"):
     """Embed cells with folded layers.
 

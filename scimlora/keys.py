@@ -51,7 +51,7 @@ def hash_key(key):
     if len(key) < _SHORTEST: raise InputError(f"an API key has at least {_SHORTEST} characters; make one with: scimlora key")
     return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
 
-
+# %% ../nbs/05g_keys.ipynb #8c8818d1
 class Keys:
     """Know keys by their hashes.
 
@@ -110,7 +110,7 @@ class Rates:
         if self._item is None or self._limiter.hit(self._item, who): return 0
         return max(1, math.ceil(self._limiter.get_window_stats(self._item, who).reset_time - time.time()))
 
-
+# %% ../nbs/05g_keys.ipynb #4654a60c
 def _address(scope, proxies):
     "The caller's address: the connection's, or what a trusted proxy says of it."
     peer = (scope.get("client") or ("unknown",))[0]

@@ -41,7 +41,7 @@ class BodyLimit:
         except ClientDisconnect: pass
         if body.wrong and not body.started: await body.refusal(body.wrong)(scope, receive, send)
 
-
+# %% ../nbs/05f_limits.ipynb #53046094
 class _Body:
     "Count one request's body and watch the clock."
 

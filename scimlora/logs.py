@@ -66,7 +66,7 @@ def _where(e):
     frames = [f for f in traceback.extract_tb(e.__traceback__) if "scimlora" in f.filename] or traceback.extract_tb(e.__traceback__)[-1:]
     return f"{type(e).__name__} in {Path(frames[-1].filename).stem}:{frames[-1].lineno}" if frames else type(e).__name__
 
-
+# %% ../nbs/05h_logs.ipynb #38fc17a9
 class RequestLog:
     """Give each request an id, count and log it, and answer 500 in one line if the app fails (ASGI middleware).
 

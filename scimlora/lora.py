@@ -39,7 +39,7 @@ _RATES = dict(lora=2e-3, bn=2e-3, full=1e-4, linear=2e-3, prototype=2e-3)
 def _setting(default, help):
     return field(default=default, metadata={"help": help})
 
-
+# %% ../nbs/03_lora.ipynb #56b65cc9
 @dataclass(frozen=True)
 class TuneConfig:
     "Hold the settings of a fine-tune."
@@ -235,7 +235,7 @@ def changed_names(encoder, method):
     norms = [n for n, m in encoder.named_modules() if isinstance(m, nn.BatchNorm1d)] if method == "bn" else []
     return [f"{n}.{part}" for n in norms for part in ("weight", "bias", "running_mean", "running_var")]
 
-
+# %% ../nbs/03_lora.ipynb #2014ec0b
 def tunable(encoder, config, X):
     """Return a copy of an encoder, ready to be tuned.
 

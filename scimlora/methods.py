@@ -37,7 +37,7 @@ class Fitted:
         "Return probabilities, shape (n_cells, n_classes), of cells in the base's gene order, log1p CP10K."
         return softmax(self.logits(X), axis=1)
 
-
+# %% ../nbs/04aa_methods.ipynb #2b3fe442
 def fit_method(name, base, X, y, n_classes, config=None, val=None, donors=None):
     """Fit a method by its name.
 

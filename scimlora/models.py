@@ -24,7 +24,7 @@ def _own_bytes(p):
     if b.genepath is not None: n += sum(getattr(b.genepath, f.name).nbytes for f in fields(b.genepath))
     return n + sum(x.nbytes for x in (p._W, p._b, b.centroids, b.base_centroids) if x is not None)
 
-
+# %% ../nbs/05d_models.ipynb #5fa2878f
 class Models:
     """Keep predictors by name: opened when asked for, and let go, the longest unused first, when they take too much.
 

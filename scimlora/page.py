@@ -133,7 +133,7 @@ def pca_xy(z):
     xy[:, :min(2, len(s))] = u[:, :2] * s[:2]
     return xy
 
-
+# %% ../nbs/06d_page.ipynb #cc68f77a
 def leiden(z, resolution=3.0, k=15, seed=0):
     """Cluster cells finely.
 
@@ -307,7 +307,7 @@ def _sample(path, genes, units, rows):
 
 def _write_votes(f, table): add_columns(f, {f"scimlora_{c}": pd.Categorical(table[c]) for c in ("cluster", "majority")})
 
-
+# %% ../nbs/06d_page.ipynb #3e512a78
 def look(path, genes, units="auto", notes=(), most=MOST):
     """Look at an annotated h5ad, and write clusters and their votes into it.
 

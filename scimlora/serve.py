@@ -289,7 +289,7 @@ async def _in_rows(until_sent, pieces):
     with until_sent:
         async for piece in pieces: yield piece
 
-
+# %% ../nbs/06_serve.ipynb #adb7a449
 _TYPES = {"csv": "text/csv", "json": "application/json", "h5ad": "application/octet-stream"}
 
 
@@ -370,7 +370,7 @@ def _models_of(bundle, base, more, limit):
     if isinstance(bundle, Models): return bundle
     return Models({"default" if isinstance(bundle, (Predictor, Bundle)) else Path(bundle).name: bundle, **(more or {})}, base, limit)
 
-
+# %% ../nbs/06_serve.ipynb #5e2b12ea
 def create_app(bundle, base=None, settings=None, more=None, **given):
     """Build the HTTP service of one or several bundles.
 

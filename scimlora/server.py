@@ -105,7 +105,7 @@ class _Server(uvicorn.Server):
         make = lambda: c.http_protocol_class(config=c, server_state=self.server_state, app_state=self.lifespan.state)
         for connection in waiting: await loop.connect_accepted_socket(make, connection)
 
-
+# %% ../nbs/06a_server.ipynb #34e93527
 def listen(host, port):
     """Open a listening socket.
 
@@ -190,7 +190,7 @@ class _Workers:
         for pid in self._started:
             with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGTERM)
 
-
+# %% ../nbs/06a_server.ipynb #0514e3f4
 def run_workers(app, sock, n, **how):
     """Run an app in several processes.
 

@@ -40,7 +40,7 @@ def curl_line(url):
     "Return the line that asks a service at this address."
     return f"curl {url}/predict -H \"X-API-Key: $SCIMLORA_API_KEY\" -H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'"
 
-
+# %% ../nbs/06b_tunnel.ipynb #aa57f6ad
 @contextlib.contextmanager
 def tunnel(port, keys, say=print):
     """Open a tunnel to a port of this machine while a block runs.

@@ -134,10 +134,18 @@ def keep(page, name):
 def alert(page): return page.get_by_test_id("stAlert").filter(visible=True)
 
 
+def settled(page):
+    "Wait until nothing is redrawn or fades in any more: text that is half there has no contrast."
+    idle(page)
+    page.wait_for_function("""() => !document.querySelector('[data-stale=true]')
+        && document.getAnimations().every(a => a.playState !== 'running' || a.effect.getComputedTiming().endTime === Infinity)""", timeout=30_000)
+
+
 def accessible(page):
     "axe-core finds nothing serious on the page as it is shown."
     from axe_playwright_python.sync_playwright import Axe
 
+    settled(page)
     found = [v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
     assert not found, "\n".join(f"{v['id']}: {v['help']}: {[n['html'][:200] for n in v['nodes'][:3]]}" for v in found)
 
