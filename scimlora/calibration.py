@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from .core import InputError
@@ -37,6 +36,8 @@ def fit_temperature(logits, y):
     ----------
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
     """
+    from scipy.optimize import minimize_scalar  # predicting needs none
+
     if not len(y): return 1.0
     rows = np.arange(len(y))
     # A weak pull towards 1 keeps a handful of cells, all right, from asking for certainty.

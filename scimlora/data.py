@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from .core import InputError, progress
 from .files import as_cells
 from .genes import match_genes
-from .rows import Damaged, spread
+from .rows import Damaged, spread, sum_rows
 
 # %% ../nbs/01_data.ipynb #61b5306e
 _SCALES = {"log1p_cp10k": 1e4, "log1p_cpm": 1e6}
@@ -269,12 +269,15 @@ def log1p_cp10k(X):
     scipy.sparse.csr_matrix of float32, shape (n_cells, n_genes)
         Natural logarithms.
     """
-    X = sp.csr_matrix(X, dtype=np.float64, copy=True)
-    with np.errstate(over="ignore"): totals = np.asarray(X.sum(1)).ravel()
+    X = sp.csr_matrix(X)
+    if not X.has_canonical_format:  # what stands twice is added up before the logarithm is taken
+        X = X.copy()
+        X.sum_duplicates()
+    values = X.data.astype(np.float64)
+    with np.errstate(over="ignore"): totals = sum_rows(values, X.indptr)
     if not np.isfinite(totals).all(): raise InputError("the values of a cell add up to more than a number can hold; give counts")
-    X.data *= np.repeat(1e4 / np.where(totals > 0, totals, 1), np.diff(X.indptr))
-    np.log1p(X.data, out=X.data)
-    return X.astype(np.float32)
+    values *= np.repeat(1e4 / np.where(totals > 0, totals, 1), np.diff(X.indptr))
+    return sp.csr_matrix((np.log1p(values, out=values).astype(np.float32), X.indices.copy(), X.indptr.copy()), X.shape)
 
 # %% ../nbs/01_data.ipynb #860eb9a6
 @dataclass
@@ -330,13 +333,20 @@ class Alignment:
 
     def __init__(self, source, genes, units="auto"):
         self.file, self.genes, self.units = as_cells(source), list(genes), units
+        if not self.file.n_obs: raise InputError("there are no cells; give at least one")
         self.values = find_values(self.file, units)
         self.match, self.names_from = gene_match(self.values.var, self.genes)
         self.measured, self.empty = self.match.matrix.getnnz(0) > 0, 0
+        to, rows = self.match.matrix.tocsc(), np.flatnonzero(self.measured)
+        self._from, self._to = to.indices, np.repeat(rows, np.diff(to.indptr)[rows])  # columns of the file, by the model's gene
 
     def linear(self, rows):
         "Return linear values of some rows (a slice) in the model's gene order: a CSR matrix of shape (n, m)."
-        X = sp.csr_matrix(self.values.linear(self.file, rows) @ self.match.matrix)
+        # By columns and back again is how a sparse matrix is sorted in linear time.
+        X = self.values.linear(self.file, rows).tocsc()[:, self._from].tocsr()
+        values = X.data.astype(np.result_type(X.dtype, np.float32), copy=False)
+        X = sp.csr_matrix((values, self._to.astype(X.indices.dtype)[X.indices], X.indptr), (X.shape[0], len(self.genes)))
+        X.sum_duplicates()
         X.eliminate_zeros()
         self.empty += int((np.diff(X.indptr) == 0).sum())
         return X

@@ -17,6 +17,7 @@ from .base import load_head
 from .calibration import class_means, fit_temperature
 from .core import InputError
 from .data import log1p_cp10k
+from .rows import sum_rows
 from .splits import folds
 
 # %% ../nbs/03ab_genepath.ipynb #4dbf44a7
@@ -52,10 +53,11 @@ def directions(X, weights):
     scipy.sparse.csr_matrix of float32, shape (n_cells, n_genes)
         A cell without counts stays zero.
     """
-    X = sp.csr_matrix(X, dtype=np.float32, copy=True)
-    X.data *= weights[X.indices]
-    length = np.sqrt(np.asarray(X.multiply(X).sum(1)).ravel())
-    X.data /= np.repeat(np.maximum(length, 1e-9), np.diff(X.indptr)).astype(np.float32)
+    X = sp.csr_matrix(X, dtype=np.float32)
+    values = X.data * weights[X.indices].astype(np.float32)
+    length = np.sqrt(sum_rows(values * values, X.indptr))
+    values /= np.repeat(np.maximum(length, 1e-9), np.diff(X.indptr)).astype(np.float32)
+    X = sp.csr_matrix((values, X.indices.copy(), X.indptr.copy()), X.shape)
     X.eliminate_zeros()
     return X
 
@@ -245,7 +247,7 @@ class GenePath:
             out[listed] = self._listed(X[listed])
             if not listed.all(): out[~listed] = self.logits(X[~listed], z[~listed], measured[~listed] if sp.issparse(measured) else measured)
             return out
-        if not sp.issparse(measured): return self._logits(X, z, measured)
+        if not sp.issparse(measured) or not measured.nnz: return self._logits(X, z, None if sp.issparse(measured) else measured)
         for i in range(X.shape[0]): groups.setdefault(measured.indices[measured.indptr[i]:measured.indptr[i + 1]].tobytes(), []).append(i)
         for rows in groups.values():
             there = np.bincount(measured[rows[0]].indices, minlength=len(self.prior)) > 0
@@ -269,6 +271,7 @@ class GenePath:
 
     def whole_rows(self, measured):
         "Say the same of each row of a CSR matrix of genes looked for: (n_cells,) bool; an empty row looked for all."
+        if not measured.nnz: return np.ones(measured.shape[0], bool)
         there = sp.csr_matrix((np.ones(measured.nnz), measured.indices, measured.indptr), measured.shape)
         return (there @ self.square.astype(np.float64) > _WHOLE * self.square.sum(dtype=np.float64)) | (np.diff(measured.indptr) == 0)
 
