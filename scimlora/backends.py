@@ -7,6 +7,8 @@ __all__ = ['Trouble', 'Annotated', 'sentence', 'grouped_by', 'Local', 'Remote']
 
 # %% ../nbs/06da_backends.ipynb #1b300aa4
 import json
+import uuid
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from .answers import answer
@@ -158,13 +160,25 @@ class Remote:
         return _called(name, self._json("POST", "/examine", name, params={"units": units}, files={"file": (name, data)}))
 
     def annotate(self, name, data, units="auto", done=lambda share: None):
-        "Annotate a file and return an `Annotated`."
-        r = self._ask("POST", "/annotate", name, params={"format": "h5ad", "units": units}, files={"file": (name, data)})
+        "Annotate a file and return an `Annotated`; `done` is told the share of cells that are, about once a second."
+        job = uuid.uuid4().hex
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(self._ask, "POST", "/annotate", name, params={"format": "h5ad", "units": units, "job": job}, files={"file": (name, data)})
+            while not wait([answer], 1).done:
+                if share := self._share(job): done(share)
+        r = answer.result()
         if not r.content.startswith(b"\x89HDF"): raise self._stranger()
         done(1.0)
         with held(r.content, "annotated.h5ad") as path:
             seen = look(path, self.genes, units, json.loads(r.headers.get("X-Scimlora-Notes", "[]")))
             return Annotated(seen, path.read_bytes())
+
+    def _share(self, job):
+        "What the service says is done of a job, or None; it is busy, and a missed answer matters to nobody."
+        import requests
+
+        try: return requests.get(f"{self._url}/progress/{job}", headers=self._headers, timeout=5).json().get("share")
+        except (requests.RequestException, ValueError, AttributeError): return None
 
     def _json(self, method, route, name="", **kw):
         r = self._ask(method, route, name, **kw)

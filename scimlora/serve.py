@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -35,7 +36,7 @@ from .logs import Metrics, RequestLog
 from .models import Models
 from .predict import Predictor
 from .rows import ahead
-from .uploads import annotate_upload, examine_upload, held
+from .uploads import Shares, annotate_upload, examine_upload, held
 
 # %% ../nbs/06_serve.ipynb #c7e0cb02
 class Settings(BaseSettings):
@@ -107,6 +108,7 @@ class Service:
 
     def __init__(self, models, settings):
         self.models, self.settings, self.metrics, self.ending, self.uploads = models, settings, Metrics(), False, 0
+        self.shares = Shares()
         self.batcher = Batcher(self._run, settings.batch, settings.queue, settings.deadline, self.metrics.batch)
 
     def _run(self, items):
@@ -247,31 +249,33 @@ def _opened_upload(upload, name, genes, units):
     return align_cells(adata, genes, units), adata.obs_names
 
 
-async def _pieces(service, predictor, cells, names, format):
-    "The table in csv, or in JSON with the notes."
+async def _pieces(service, predictor, cells, names, format, tell):
+    "The table in csv, or in JSON with the notes; `tell` is told the share that is done."
     if format == "json": yield '{"cells": ['
     for a in range(0, len(cells), _ROWS):
         p = await service.batcher.call(predictor.predict, cells[a:a + _ROWS])
         table = p.table(names[a:a + _ROWS])
         text = table.to_csv(index=False, header=a == 0) if format == "csv" else ", " * (a > 0) + json.dumps(table.to_dict("records"))[1:-1]
+        tell((a + len(p)) / len(cells))
         yield text.encode("utf-8", "backslashreplace")
     if format == "json": yield '], "notes": ' + json.dumps(cells.notes) + "}"
 
 
-def _in_turns(service, loop):
-    "An engine for `annotate_file` whose chunks wait their turn in the model's thread, so that others are answered in between."
+def _in_turns(service, loop, tell):
+    "An engine for `annotate_file` whose chunks wait their turn in the model's thread, so that others are answered in between; `tell` as above."
     def engine(predictor, alignment):
         for rows, cells in ahead((rows, alignment.cells(rows)) for rows in alignment.chunks()):
             yield rows, asyncio.run_coroutine_threadsafe(service.batcher.call(predictor.predict, cells), loop).result()
+            tell(rows.stop / alignment.file.n_obs)
 
     return engine
 
 
-async def _annotated(until_sent, service, predictor, form, units):
+async def _annotated(until_sent, service, predictor, form, units, tell):
     "The uploaded file with the annotation added: an open h5ad, closed and gone when `until_sent` ends."
     path = until_sent.enter_context(held(form.file, form.filename))
     out = path.with_name("annotated.h5ad")
-    done = await run_in_threadpool(annotate_upload, predictor, path, out, units, _in_turns(service, asyncio.get_running_loop()))
+    done = await run_in_threadpool(annotate_upload, predictor, path, out, units, _in_turns(service, asyncio.get_running_loop(), tell))
     return until_sent.enter_context(out.open("rb")), done
 
 
@@ -290,26 +294,34 @@ async def _in_rows(until_sent, pieces):
         async for piece in pieces: yield piece
 
 # %% ../nbs/06_serve.ipynb #adb7a449
+_JOB = "^[0-9A-Za-z]{8,64}$"
 _TYPES = {"csv": "text/csv", "json": "application/json", "h5ad": "application/octet-stream"}
 
 
 def _annotating(app, service):
     @app.post("/annotate", summary="A file of cells in, a table out, or the file with the annotation added", openapi_extra=_UPLOAD,
               responses=_HEAVY | {400: {"model": Problem, "description": "no form data"}}, response_class=StreamingResponse)
-    async def annotate(request: Request, format: Annotated[Literal["csv", "json", "h5ad"], Query()] = "csv", units: Annotated[Units, Query()] = "auto", model: ModelName = None):
+    async def annotate(request: Request, format: Annotated[Literal["csv", "json", "h5ad"], Query()] = "csv", units: Annotated[Units, Query()] = "auto", model: ModelName = None,
+                       job: Annotated[str | None, Query(pattern=_JOB, description="a random word of the caller's, to ask /progress/{job} with meanwhile")] = None):
         service.know(request, model)
         with contextlib.ExitStack() as open_now:
             open_now.enter_context(service.upload())
             form = await _held_form(open_now, request)
+            tell = open_now.enter_context(service.shares.telling(job))
             predictor = await service.batcher.call(service.models.get, model)
             if format == "h5ad":
-                f, done = await _annotated(open_now, service, predictor, form, units)
+                f, done = await _annotated(open_now, service, predictor, form, units, tell)
                 n, notes, pieces = len(done), done.notes, lambda until_sent: _of_disk(until_sent, f)
             else:
                 cells, names = await run_in_threadpool(_opened_upload, form.file, form.filename, predictor.genes, units)
-                n, notes, pieces = len(cells), cells.notes, lambda until_sent: _in_rows(until_sent, _pieces(service, predictor, cells, names, format))
+                n, notes, pieces = len(cells), cells.notes, lambda until_sent: _in_rows(until_sent, _pieces(service, predictor, cells, names, format, tell))
             _counted(request, service, n)
             return StreamingResponse(pieces(open_now.pop_all()), media_type=_TYPES[format], headers={"X-Scimlora-Notes": json.dumps(notes)})
+
+    @app.get("/progress/{job}", summary="How much of an upload is annotated", responses=_LIGHT | {k: _HEAVY[k] for k in (404, 422)})
+    async def progress(job: Annotated[str, PathParameter(pattern=_JOB)]) -> dict[Literal["share"], float]:
+        if (share := service.shares.of(job)) is None: raise HTTPException(404, "there is no such job now")
+        return {"share": share}
 
     @app.post("/examine", summary="What a file of cells holds, what would be done with it, what is wrong", openapi_extra=_UPLOAD,
               responses=_HEAVY | {400: {"model": Problem, "description": "no form data"}})
