@@ -318,7 +318,7 @@ def written(args, r):
     "The lines of RESULTS.md."
     package, machine, memory, service = versions("scimlora", "torch", "numpy", "scipy", "numba", "scimilarity", "scikit-learn"), r["machine"], r["memory"], r["service"]
     lines = ["# Speed", "", f"Made by `python benchmarks/speed.py --cells {args.cells} --embed {args.embed} --rounds {args.rounds}`. Base: SCimilarity v1.1's shape ({N_GENES:,} genes, "
-             f"{', '.join(map(str, HIDDEN))}, {LATENT}), random weights. Cells: real ones, tiled. Medians of rounds in turns. The service under load: [SERVICE.md](SERVICE.md).", "",
+             f"{', '.join(map(str, HIDDEN))}, {LATENT}), random weights. Cells: real ones, tiled. Medians of rounds in turns.", "",
              f"{cpu()}; {torch.get_num_threads()} threads; " + ", ".join(f"{k} {v}" for k, v in package.items()) + ".", "",
              "## Targets", "", *table([*targets(r)], ["what", "wanted", "measured", "reached"]),
              "## Embedding", "", "Ratio: to the best buffer size of SCimilarity's `CellEmbedding.get_embeddings`. Difference: largest, of any coordinate of a point of unit length.", "",
@@ -341,7 +341,9 @@ def written(args, r):
               "## Annotate", "", "In memory, the same cells for all; scimlora with adapter, gene path, calibration and the second embedding that tells strangers. Ratio: its rate over theirs.", "",
               *table(r["beside"], ["method", "cells/s", "ratio"]), "From h5ad to h5ad with the command line, start-up included; a further cell: what each takes beyond the smallest file.", "",
               *table(r["sizes"], ["cells", "seconds", "cells/s", "µs for a further cell", "peak memory, GB"])]
-    return lines
+    # Measured by a command of its own, `make bench-serve`, with its machine in it.
+    load = HERE / "SERVICE.md"
+    return lines + (["#" * line.startswith("#") + line for line in load.read_text().splitlines()] if load.exists() else [])
 
 
 def main():

@@ -259,7 +259,9 @@ class Predictor:
         Predictions
         """
         cells = self._aligned(cells, units)
-        z, frozen = self.embeddings(cells)
+        listed = self._listed(cells)
+        # Of a handful of listed genes, nothing asks where the base itself would put them: half of the work.
+        z, frozen = self.embeddings(cells) if listed is None or not listed.all() else [self.embed(cells)] * 2
         proba = self.proba(cells, z, frozen)
         return Predictions(self.classes, proba, z, self._reasons(cells, z, frozen, proba))
 
