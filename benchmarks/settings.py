@@ -61,7 +61,8 @@ TASKS = {"Kang, donor 1016": (donors(["101", "107", "1039"], ["1016"]), ("kang",
          "Zanini → Kang": (lambda: laboratories()[::-1], ("kang", "zanini"))}
 BEFORE = dict(r=8, alpha=16, lr=1e-3, epochs=20, steps=0, head_init="centroids")
 SETTINGS = {"default": {}, "as before: from centroids, r 8, lr 1e-3, 20 epochs": BEFORE, "from centroids": dict(head_init="centroids"), "from random": dict(head_init="random"),
-            "distill 0.1": dict(distill=0.1), "distill 0.3": dict(distill=0.3), "distill 1": dict(distill=1.0), "mask 0.3": dict(mask_genes=0.3), "mask 0.7": dict(mask_genes=0.7),
+            "distill 0.1": dict(distill=0.1), "distill 0.3": dict(distill=0.3), "distill 1": dict(distill=1.0), "distill 3": dict(distill=3.0), "distill 10": dict(distill=10.0), "distill 1, lr 4e-3": dict(distill=1.0, lr=4e-3),
+            "distill 1, r 8, alpha 16": dict(distill=1.0, r=8, alpha=16), "distill 1, steps 200": dict(distill=1.0, steps=200), "mask 0.3": dict(mask_genes=0.3), "mask 0.7": dict(mask_genes=0.7),
             "lr 1e-3": dict(lr=1e-3), "lr 4e-3": dict(lr=4e-3), "steps 0": dict(steps=0), "steps 200": dict(steps=200), "steps 400, epochs 20": dict(steps=400, epochs=20), "falling lr": dict(schedule="cosine"),
             "r 8, alpha 16": dict(r=8, alpha=16), "rsLoRA": dict(variant="rslora"), "DoRA": dict(variant="dora"), "PiSSA": dict(variant="pissa"), "LoRA+ 8": dict(lora_plus=8.0),
             "first layer frozen": dict(targets="no-first"), "cosine head": dict(head="cosine"), "balanced": dict(loss="balanced"), "logit-adjusted": dict(loss="logit-adjusted"),

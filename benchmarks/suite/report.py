@@ -200,7 +200,11 @@ def tried_lines(t, folder):
         yield (f"- The gene path's line with the embedding beside the genes, on {len(d)} held-out tasks that the base {'knows' if known else 'does not know'} (`COVERAGE.csv`): {d.mean():+.1f} points, "
                f"from {d.min():+.1f} to {d.max():+.1f}. " + ("So it has it there." if known else "So it reads the genes alone there."))
     s = pd.read_csv(folder / "SETTINGS.csv").groupby(["setting", "task", "cells_a_class"]).macro_f1.mean().unstack("setting") * 100
-    for name in s.columns.drop("default"): yield f"- In place of LoRA's default, {name} (`SETTINGS.csv`, on cells that no benchmark reports): {(s[name] - s.default).mean():+.1f} points."
+    between = s.index.get_level_values("task").str.contains("→")
+    for name in s.columns.drop("default"):
+        d = s[name] - s.default
+        yield (f"- In place of LoRA's default, {name} (`SETTINGS.csv`, on cells that no benchmark reports): {d.mean():+.1f} points; between laboratories {d[between].mean():+.1f}, "
+               f"within a study {d[~between].mean():+.1f}.")
 
 
 # The page -------------------------------------------------------------------------------------------------------------
