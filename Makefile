@@ -8,7 +8,7 @@ IN_ENV = PATH="$$PWD/$(BIN):$$PATH"
 TORCH = 2.13.0
 DEPS = settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench bench-gpu bench-large benchmark-science benchmark-panels bench-unknown bench-forgetting reports bench-coverage bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
+.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench bench-gpu bench-large benchmark-science benchmark-panels bench-unknown bench-conformal bench-forgetting reports bench-coverage bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -87,6 +87,9 @@ benchmark-panels: install-dev  ## accuracy against the number of genes measured:
 
 bench-unknown: install-dev  ## scores for cells of an untaught kind: benchmarks/UNKNOWN.md
 	$(IN_ENV) SCIMLORA_PROGRESS=1 python benchmarks/unknown_cells.py
+
+bench-conformal: install-dev  ## how often prediction sets hold the true label, on held-out donors: benchmarks/CONFORMAL.md
+	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/conformal.py $(ARGS)
 
 bench-forgetting: install-dev  ## what a base forgets when it is taught, by strength of the adapter: benchmarks/FORGETTING.md
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/forgetting.py $(ARGS)
