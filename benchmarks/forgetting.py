@@ -6,19 +6,20 @@ For every task of `suite/tasks.py` a base is pretrained without the task's studi
 Those cells, whose labels are the base's own, are the ones that may be forgotten. They are cut in two: one half is given to
 `Classifier.tune` as `retention`, which chooses the strength by it; all that is reported is measured on the other half. There, half of
 the cells lend their labels to the rest, by neighbours and by a line (`scimlora.forgetting`). Macro-F1 is of the task's test cells, which
-no choice looks at. 25 training cells a class, three draws, and all of them once.
+no choice looks at. 25 training cells a class, three draws, and all of them once. The same again with other settings, as `TRIED` lists them.
 
 Runs are kept under runs/forgetting under a key of the code; the same command goes on where it was stopped. Writes FORGETTING.csv (every run
-and strength), FORGETTING.md and FORGETTING.png.
+and strength), FORGETTING_TRIED.csv (the same of what was tried), FORGETTING.md and FORGETTING.png.
 """
 import argparse
 import os
 import sys
 import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import patch
 from zlib import crc32
 
 os.environ.setdefault("SCIMLORA_PROGRESS", "0")
@@ -46,6 +47,7 @@ from suite.tasks import LABEL, TASKS, Draw, load_task, slug  # noqa: E402
 
 HERE = Path(__file__).parent
 STRENGTHS, HELD_OUT, LIMIT = (0.0, 0.25, 0.5, 0.75, 1.0), 0.25, 1.0
+TRIED = {"distill 1": dict(distill=1.0)}
 
 
 # Bases, and the cells that they have not seen -------------------------------------------------------------------------
@@ -112,14 +114,14 @@ def one_run(draw, base, to_choose, to_measure):
     return [about | r for r in curve.rename(columns=dict(alpha="strength", target_macro_f1="macro_f1")).to_dict("records")]
 
 
-def kept_run(cache, draw, bases):
-    "A run from the cache, or made now."
+def kept_run(cache, draw, bases, tried=""):
+    "A run from the cache, or made now; with the settings of `TRIED`, if one is named."
     key = sha256("".join([code_of(*(f"scimlora.{m}" for m in with_imports("classifier"))), code_of(str(HERE / "forgetting.py"), names=("one_run", "adapter_alone", "cut", "labelled")), draw.task.content]).encode()).hexdigest()[:12]
-    path = cache / "rows" / f"{slug(draw.task.name)}-{draw.shots}-{draw.seed}-{key}.json"
+    path = cache / "rows" / f"{slug(draw.task.name)}-{draw.shots}-{draw.seed}-{f'{slug(tried)}-' if tried else ''}{key}.json"
     if not path.exists():
-        write_json(path, dict(rows=one_run(draw, *bases(draw.task.without))))
-        print(f"{draw.task.name}, {draw.shots or 'full'}, draw {draw.seed}", flush=True)
-    return read_json(path)["rows"]
+        with patch.object(Classifier, "tune", partial(Classifier.tune, **TRIED.get(tried, {}))): write_json(path, dict(rows=one_run(draw, *bases(draw.task.without))))
+        print(f"{draw.task.name}, {draw.shots or 'full'}, draw {draw.seed}{f', {tried}' if tried else ''}", flush=True)
+    return [r | dict(tried=tried) if tried else r for r in read_json(path)["rows"]]
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -159,7 +161,22 @@ def curve_lines(t):
         yield [str(shots), f"{s:g}", *(f"{100 * g[k].mean():.1f}" for k in ("knn", "linear")), f"{g.kept_loss.mean():+.1f}", f"{g.cosine.mean():.3f}", f"{100 * g.neighbour_overlap.mean():.0f}", *(f"{100 * g[k].mean():.1f}" for k in ("adapter_macro_f1", "macro_f1"))]
 
 
-def page(t):
+def tried_lines(t, tried):
+    "What other settings give, at the chosen strength, beside the default: a summary and a table for each."
+    at = lambda x: x[x.strength == x.chosen].groupby(["task", "cells_a_class"], sort=False)[["kept_loss", "macro_f1", "adapter_macro_f1"]].mean()
+    now = at(t)
+    for name, g in tried.groupby("tried", sort=False):
+        new = at(g)
+        gain = 100 * (new - now.loc[new.index])[["macro_f1", "adapter_macro_f1"]].mean()
+        between = new.index.get_level_values("task").str.contains("→")
+        of = 100 * (new - now.loc[new.index]).adapter_macro_f1
+        yield from (f"In place of LoRA's default, `{name.replace(' ', '=')}`: lost {new.kept_loss.mean():+.1f} points on average and {new.kept_loss.max():+.1f} at worst (the default: {now.kept_loss.mean():+.1f} and {now.kept_loss.max():+.1f}); "
+                    f"macro-F1 {gain.macro_f1:+.1f}, of the adapter alone {gain.adapter_macro_f1:+.1f}: {of[between].mean():+.1f} between laboratories and {of[~between].mean():+.1f} within a study.", "")
+        lines = [[task, str(shots), *(f"{x.loc[(task, shots)].kept_loss:+.1f}" for x in (now, new)), *(f"{100 * x.loc[(task, shots)][k]:.1f}" for k in ("macro_f1", "adapter_macro_f1") for x in (now, new))] for task, shots in new.index]
+        yield from (*markdown(["task", "cells a class", "lost, default", f"lost, {name}", "macro-F1, default", f"macro-F1, {name}", "of the adapter alone, default", f"of the adapter alone, {name}"], lines), "")
+
+
+def page(t, tried=None):
     "FORGETTING.md as text."
     n = t.groupby("task").retention_cells.first()
     lines = ["# What a base forgets", "", f"Made by `make bench-forgetting`, which says how in the head of `forgetting.py`. {n.min():,} to {n.max():,} cells held out of pretraining, of {t.retention_labels.min()} to {t.retention_labels.max()} of the base's own labels; "
@@ -168,6 +185,7 @@ def page(t):
              *markdown(["task", "cells a class", "kept, off", "strength chosen", "lost, full strength", "lost, chosen", "macro-F1, full strength", "macro-F1, chosen", "of the adapter alone, full strength", "of the adapter alone, chosen"], list(chosen_lines(t))),
              "", "`tune` chooses by training cells held out and by the other half of the retention cells, never by these numbers.", "", "## By strength", "", "Means over tasks and draws.", "",
              *markdown(["cells a class", "strength", "by neighbours", "by a line", "lost", "cosine with the base's", "neighbours kept, %", "macro-F1 of the adapter alone", "macro-F1"], list(curve_lines(t)))]
+    if tried is not None: lines += ["", "## What was tried", "", *list(tried_lines(t, tried))[:-1]]
     return "\n".join([*lines, "", "## Made on", "", f"- {machine()}"]) + "\n"
 
 
@@ -192,12 +210,14 @@ def figure(t):
     return fig
 
 
-def write(rows, out):
-    "Write FORGETTING.csv, .md and .png."
-    t = pd.DataFrame(rows)
+def write(rows, out, tried=()):
+    "Write FORGETTING.csv, .md and .png, and FORGETTING_TRIED.csv if something else was tried."
+    t, other = pd.DataFrame(rows), pd.DataFrame(tried)
     t.round(5).to_csv(out / "FORGETTING.csv", index=False)
+    if len(other): other.round(5).to_csv(out / "FORGETTING_TRIED.csv", index=False)
     t = with_loss(t)
-    (out / "FORGETTING.md").write_text(page(t), encoding="utf-8")
+    other = pd.concat([with_loss(g) for _, g in other.groupby("tried", sort=False)]) if len(other) else None
+    (out / "FORGETTING.md").write_text(page(t, other), encoding="utf-8")
     figure(t).savefig(out / "FORGETTING.png", dpi=110, metadata={"Software": None})
 
 
@@ -211,12 +231,15 @@ def main(argv=None):
     p.add_argument("--cache", type=Path, default=HERE.parent / "runs" / "forgetting", help="where runs and bases are kept")
     p.add_argument("--out", type=Path, default=HERE, help="where FORGETTING.* go")
     args = p.parse_args(argv)
-    bases, rows = Bases(args.cache / "bases"), []
+    bases, rows, other = Bases(args.cache / "bases"), [], []
     for name in args.tasks:
         task = load_task(name, lambda without: bases(without)[0])
         for shots in args.shots:
-            for seed in range(args.seeds if shots else 1): rows += kept_run(args.cache, Draw(task, shots, seed), bases)
-    write(rows, args.out)
+            for seed in range(args.seeds if shots else 1):
+                draw = Draw(task, shots, seed)
+                rows += kept_run(args.cache, draw, bases)
+                for tried in TRIED: other += kept_run(args.cache, draw, bases, tried)
+    write(rows, args.out, other)
 
 
 if __name__ == "__main__": sys.exit(main())
