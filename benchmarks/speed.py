@@ -189,6 +189,11 @@ def floor(machine):
     return machine["float32"] * 1e9 / (2 * 2 * sum(a * b for a, b in zip(HIDDEN, (*HIDDEN[1:], LATENT))))
 
 
+def weights(genes):
+    "Megabytes of weights that one cell with so many genes needs."
+    return 4 * (genes * HIDDEN[0] + sum(a * b for a, b in zip(HIDDEN, (*HIDDEN[1:], LATENT)))) / 1e6
+
+
 def startup(rounds):
     "Median seconds of an import and of the help text."
     took = {}
@@ -328,7 +333,7 @@ def written(args, r):
              f"Labels at bfloat16: {r['different']} of {r['compared']:,} real cells get another label from mini than at float32 ({1 - r['different'] / r['compared']:.3%} agree).", "",
              "## Where the time goes", "", f"The machine's limits with {machine['threads']} threads, measured in the same run: {machine['float32']:,.0f} GFLOP/s in float32, {machine['bfloat16']:,.0f} in bfloat16, "
              f"{machine['read']:.1f} GB/s read from memory. The steps below are those of float32 on one thread; the dense ones run at the matrix rate, the sparse one waits for the second cache.", "",
-             f"Tried: float32 made of three products in bfloat16, which is right to 4e-6. With what torch offers on a processor it runs at {machine['three']:,.0f} GFLOP/s, "
+             f"Tried: float32 made of three products in bfloat16. With what torch offers on a processor it runs at {machine['three']:,.0f} GFLOP/s, "
              f"{machine['three'] / machine['float32']:.1f} of plain float32, since the values are converted anew in each product.", ""]
     for kind, rows in r["steps"].items(): lines += [f"{kind}:", "", *table(rows, ["step", "µs a cell", "share", "GFLOP/s"])]
     times = [dict(what=k, seconds=f"{v:.2f}") for k, v in r["times"].items()] + [dict(what="scimlora serve, until ready", seconds=f"{service['ready']:.2f}")]
@@ -337,7 +342,7 @@ def written(args, r):
               f"The frozen first layer is computed once; what is left are the products with the other frozen weights, forth and back. If nothing else were done, at the rate above, that would be {floor(machine):,.0f} cells/s.", "",
               "## Start and service", "", *table(times, ["what", "seconds"]),
               f"One cell of {r['genes']} genes through HTTP on loopback: median {service['median']:.1f} ms, 99 % within {service['most']:.1f} ms; of these the model takes {service['model']:.1f} ms. "
-              "One cell alone reads all weights that it needs, some 12 MB, from a memory that was idle.", "",
+              f"One cell alone reads {weights(r['genes']):.1f} MB of weights.", "",
               "## Annotate", "", "In memory, the same cells for all; scimlora with adapter, gene path, calibration and the second embedding that tells strangers. Ratio: its rate over theirs.", "",
               *table(r["beside"], ["method", "cells/s", "ratio"]), "From h5ad to h5ad with the command line, start-up included; a further cell: what each takes beyond the smallest file.", "",
               *table(r["sizes"], ["cells", "seconds", "cells/s", "µs for a further cell", "peak memory, GB"])]

@@ -224,7 +224,7 @@ class Remote:
         if r.status_code < 500: return sentence(_detail(r), name)
         return f"The service {self.where} failed (error {r.status_code}). Try again; if it stays so, tell whoever runs it."
 
-
+# %% ../nbs/06da_backends.ipynb #cd6fecc5
 def _detail(r):
     "What the service says is wrong, from `{'detail': text or list of texts}`."
     try: detail = r.json()["detail"]

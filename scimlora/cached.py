@@ -130,7 +130,7 @@ def _mapped(path, shape):
                                      "set TMPDIR to a folder with more room")
     return np.memmap(path, np.float32, "w+", shape=shape)
 
-
+# %% ../nbs/02f_cached.ipynb #9469d06c
 class CachedEncoder:
     """Embed given cells with an encoder under LoRA, as its PeftModel does.
 

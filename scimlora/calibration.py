@@ -300,7 +300,7 @@ class Calibration:
         "Return plain values, as calibration.json keeps them."
         return asdict(self)
 
-
+# %% ../nbs/03a_calibration.ipynb #b316f44f
 def _number(v): return type(v) in (int, float) and math.isfinite(v)
 
 
