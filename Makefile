@@ -47,7 +47,8 @@ docs: install-dev  ## build the site into _docs/ and check it
 	$(IN_ENV) python tools/build_docs.py
 	$(IN_ENV) python tools/check_site.py
 
-readme: install-dev  ## write README.md from nbs/index.ipynb
+readme: install-dev  ## draw the card and write README.md from nbs/index.ipynb
+	$(IN_ENV) python tools/make_card.py
 	$(IN_ENV) python tools/make_readme.py
 
 colab: install-dev  ## run the Colab notebooks headless, with papermill

@@ -197,31 +197,129 @@ class Classifier:
 
     @classmethod
     def load(cls, path, base=None):
-        "Open a bundle folder or an embedded bundle by name; `base` says where its base is, if not where it was."
+        """Open a bundle.
+
+        Parameters
+        ----------
+        path : str or Path
+            A bundle's folder, or the name of an embedded one, such as `'blood'`.
+        base : str, Path or Base, optional
+            Where its base is, if not where it was.
+
+        Returns
+        -------
+        Classifier
+
+        Raises
+        ------
+        InputError
+            If the bundle is damaged or lies on another base.
+        """
         return cls(Predictor(path, base))
 
     def save(self, path):
-        "Write the bundle folder, whole or not at all."
+        """Write the bundle folder, whole or not at all.
+
+        Parameters
+        ----------
+        path : str or Path
+            An earlier bundle there is replaced.
+
+        Returns
+        -------
+        Path
+        """
         return save_bundle(self.bundle, path)
 
     def predict_proba(self, adata, units="auto"):
-        "Return calibrated probabilities, shape (n_cells, n_classes), rows that sum to 1."
+        """Return calibrated probabilities.
+
+        Parameters
+        ----------
+        adata : anndata.AnnData
+            Cells in any order of genes; not changed.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What its values are.
+
+        Returns
+        -------
+        numpy.ndarray of float, shape (n_cells, n_classes)
+            Rows that sum to 1, columns in the order of `classes_`.
+
+        Raises
+        ------
+        InputError
+            If too few genes are the model's, or the values cannot be used.
+        """
         return self.predictor.predict(adata, units).proba
 
     def predict(self, adata, units="auto"):
-        "Return the most probable label of each cell, shape (n_cells,)."
+        """Return the most probable label of each cell, assigned or not; see `annotate` for the cells that should have none.
+
+        Parameters
+        ----------
+        adata, units
+            As for `predict_proba`.
+
+        Returns
+        -------
+        numpy.ndarray of object, shape (n_cells,)
+        """
         return self.predictor.predict(adata, units).label
 
     def annotate(self, adata, units="auto"):
-        "Add `obs['scimlora_*']`, `obsm['X_scimlora']` and `uns['scimlora']` to an AnnData; return nothing."
+        """Add labels, confidences and embeddings to an AnnData.
+
+        Parameters
+        ----------
+        adata : anndata.AnnData
+            Gets `obs['scimlora_label']` and its companions, `obsm['X_scimlora']` and `uns['scimlora']`; see `scimlora.predict.annotate`.
+        units
+            As for `predict_proba`.
+        """
         annotate(self.predictor, adata, units)
 
     def evaluate(self, adata, label=None, units="auto"):
-        "Return metrics on labelled test cells, as metrics.json; see `examine_cells` for the table behind them."
+        """Measure on labelled test cells, beside the bundle's baselines.
+
+        Parameters
+        ----------
+        adata : anndata.AnnData
+            Cells that had no part in training; best of other donors.
+        label : str, optional
+            Column of `obs` with the truth; by default the one trained on.
+        units
+            As for `predict_proba`.
+
+        Returns
+        -------
+        dict
+            What metrics.json holds, see `scimlora.evaluation.evaluate`; cells of types that were never taught are counted and left out.
+
+        Raises
+        ------
+        InputError
+            If the column is missing or no cell has a taught label.
+        """
         return self.examine_cells(adata, label, units)[0]
 
     def examine_cells(self, adata, label=None, units="auto"):
-        "Return metrics, the table of scored cells, and those cells; `label` defaults to the column trained on."
+        """Measure as `evaluate` does, and return what it was measured on.
+
+        Parameters
+        ----------
+        adata, label, units
+            As for `evaluate`.
+
+        Returns
+        -------
+        dict
+            The metrics.
+        pandas.DataFrame
+            A row a scored cell.
+        Cells
+            The scored cells, aligned.
+        """
         labels = obs_column(adata.obs, label or self.bundle.manifest["label"])
         cells = align_cells(adata, self.predictor.genes, units)
         metrics, table = evaluate(self.predictor, cells, labels)

@@ -102,7 +102,8 @@ def embedding_share(known):
     why : str
     """
     if np.isnan(known): return 0.0, "the base has no labels of its own to tell whether it knows these cells, so the gene path's line reads the genes alone"
-    seen = f"(cosine {known:.2f} to the nearest of its own labels, {_KNOWN:g} is wanted)"
+    digits = 2 if (round(known, 2) >= _KNOWN) == (known >= _KNOWN) else 4  # 0.5996 is not enough, and 0.60 would say that it is
+    seen = f"(cosine {known:.{digits}f} to the nearest of its own labels, {_KNOWN:g} is wanted)"
     if known >= _KNOWN: return _SHARE, f"the base knows these cells {seen}, so the gene path's line reads its embedding beside the genes"
     return 0.0, f"the base does not know these cells well {seen}, so the gene path's line reads the genes alone"
 
