@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'BundleArg', 'LabelOpt', 'BaseOpt', 'UnitsOpt', 'SeedOpt', 'fetch_app', 'space_app', 'RepoArg', 'DryOpt',
-           'doctor', 'prepare', 'tune', 'evaluate', 'errors', 'report', 'annotate', 'serve', 'key', 'demo', 'pretrain',
-           'fetch_base', 'fetch_data', 'push_command', 'pull_command', 'space_deploy', 'base_command', 'main']
+           'doctor', 'prepare', 'tune', 'merge', 'evaluate', 'errors', 'report', 'annotate', 'serve', 'key', 'demo',
+           'pretrain', 'fetch_base', 'fetch_data', 'push_command', 'pull_command', 'space_deploy', 'base_command',
+           'main']
 
 # %% ../nbs/08_cli.ipynb #f5520867
 import json
@@ -79,7 +80,7 @@ def prepare(files: Annotated[list[Path], typer.Argument(help="files of cells, of
     print(json.dumps(info["split"], indent=1, ensure_ascii=False))
     _show_notes([f"{f['file']}: {n}" for f in info["files"] for n in f["notes"]] + info["notes"] + info["split"]["notes"])
     left, leaks = info["left_out"], info["leaks"]
-    if left["unlabelled_cells"]: _say(f"note: {left['unlabelled_cells']:,} cells without a label were left out")
+    if left["unlabelled_cells"]: _say(f"note: {left['unlabelled_cells']:,} cells without a label{' or left out by --map' if merge else ''} were left out")
     if left["without_donor"]: _say(f"note: {left['without_donor']:,} cells without a {donor or 'file'} were left out")
     if left["over_the_cap"]: _say(f"note: {left['over_the_cap']:,} training cells over --max-per-class were left out")
     if left["small_classes"]: _say("note: types left out, too few cells: " + ", ".join(f"{k} ({v})" for k, v in left["small_classes"].items()))
@@ -122,6 +123,7 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
          recipe: Annotated[str, typer.Option("--recipe", help="default, or original (lr 1e-4, dropout 0.05)")] = "default",
          preset: Annotated[Optional[str], typer.Option("--preset", help="who answers: auto (chosen on held-out cells; the default), lora (the adapted encoder alone; the default of --recipe original), genes (the gene path alone)")] = None,
          min_cells: Annotated[int, typer.Option("--min-cells", min=1, help="leave out types with fewer cells")] = 1,
+         error: Annotated[float, typer.Option("--error", min=0, max=1, help="share of wrong labels allowed among assigned cells; what is less sure is left unassigned")] = 0.05,
          baselines: Annotated[bool, typer.Option(help="fit the baselines that evaluate compares with")] = True,
          retention: Annotated[Optional[Path], typer.Option("--retention", help="labelled cells of other tissues: the adapter is kept weaker if that forgets less of them and costs little")] = None,
          retention_label: Annotated[str, typer.Option("--retention-label", help="their column with the labels")] = "cell_type",
@@ -144,7 +146,7 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
     config = TuneConfig.original(**given) if recipe == "original" else TuneConfig(**given)
     preset = preset or ("lora" if recipe == "original" else "auto")
     others = {} if retention is None else dict(retention=read_cells(retention), retention_label=retention_label)
-    clf = Classifier.tune(read_cells(train), label, donor, base, config, preset, min_cells, baselines=baselines, units=units, title=title,
+    clf = Classifier.tune(read_cells(train), label, donor, base, config, preset, min_cells, error=error, baselines=baselines, units=units, title=title,
                           held_out=_held_out(train), **others)
     if not leads(): return
     m = clf.bundle.manifest
@@ -153,6 +155,28 @@ def tune(train: Annotated[Path, typer.Argument(help="h5ad file of labelled cells
     _show_notes([*m["notes"], *m["validation"]["notes"], *(m["choice"][k] for k in ("why", "why_embedding", "why_strength") if k in m["choice"])])
     print(f"{out}: {len(clf.classes_)} types, {m['training']['cells']:,} training cells, {m['parameters']['fraction']:.2%} of the parameters trained"
           + (f", macro-F1 on held-out cells {m['choice']['macro_f1']:.3f}" if m["choice"]["macro_f1"] is not None else ""))
+
+# %% ../nbs/08_cli.ipynb #45e1f9f0
+@app.command()
+def merge(bundles: Annotated[list[str], typer.Argument(help="folders or names of bundles on one base; one is enough with --cells", metavar="BUNDLE...")],
+          out: Annotated[Path, typer.Option("--out", help="folder of the merged bundle")],
+          cells: Annotated[Optional[Path], typer.Option("--cells", help="labelled cells to learn too: of new types, or some of the old ones")] = None,
+          label: Annotated[Optional[str], typer.Option("--label", help="their column of obs with the cell types")] = None,
+          per_class: Annotated[int, typer.Option("--per-class", min=2, help="cells drawn from the profile of each type")] = 60,
+          title: Annotated[str, typer.Option("--title", help="for the model card")] = "",
+          base: BaseOpt = None, units: UnitsOpt = "auto", seed: SeedOpt = 0):
+    "Merge bundles into one over all their types, without the cells that they were tuned on."
+    from scimlora.bundle import check_target
+    from scimlora.files import read_cells
+    from scimlora.merge import merge as run
+
+    check_target(out)
+    clf = run(bundles, base, None if cells is None else read_cells(cells), label, per_class, units, title, seed)
+    clf.bundle.manifest["command"] = _command()
+    clf.save(out)
+    m = clf.bundle.manifest
+    _show_notes([*m["notes"], *m["split"]["notes"]])
+    print(f"{out}: {len(clf.classes_)} types; measure it on real cells with: scimlora evaluate {out} TEST.h5ad --label COLUMN --out DIR")
 
 # %% ../nbs/08_cli.ipynb #9ea4dd61
 def _examined(bundle, test, label, base, units):

@@ -199,6 +199,7 @@ class Predictor:
 
     def _aligned(self, cells, units):
         if isinstance(cells, Cells): return cells
+        if isinstance(cells, list): return self.read(cells, units)
         if sp.issparse(cells): return Cells(sp.csr_matrix(cells, dtype=np.float32), None, self.genes)
         return align_cells(cells, self.genes, units)
 
@@ -249,8 +250,8 @@ class Predictor:
 
         Parameters
         ----------
-        cells : anndata.AnnData, Cells or scipy.sparse.csr_matrix
-            An AnnData is aligned and normalised; a matrix must be log1p CP10K in the base's gene order.
+        cells : anndata.AnnData, Cells, scipy.sparse.csr_matrix or list of dict
+            An AnnData is aligned and normalised; a matrix must be log1p CP10K in the base's gene order; a dictionary is a cell, gene → value.
         units : str
             As in `scimlora.data.find_counts`.
 

@@ -323,7 +323,7 @@ def test_another_laboratory_and_another_technology(bundle_dir, tmp_path):
 
 # Help, weight, and a process that is killed -----------------------------------------------------------------------------
 
-COMMANDS = ["doctor", "prepare", "tune", "evaluate", "errors", "report", "annotate", "serve", "demo", "pretrain"]
+COMMANDS = ["doctor", "prepare", "tune", "merge", "evaluate", "errors", "report", "annotate", "serve", "demo", "pretrain"]
 
 
 def test_help_lists_every_command():
