@@ -8,7 +8,7 @@ IN_ENV = PATH="$$PWD/$(BIN):$$PATH"
 TORCH = 2.13.0
 DEPS = settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench bench-gpu bench-large benchmark-science benchmark-panels bench-unknown bench-conformal bench-forgetting reports bench-coverage bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
+.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench bench-gpu bench-large benchmark-science benchmark-panels bench-unknown bench-conformal bench-forgetting reports bench-coverage bench-share bench-merging bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -47,7 +47,7 @@ docs: install-dev  ## build the site into _docs/ and check it
 	$(IN_ENV) python tools/build_docs.py
 	$(IN_ENV) python tools/check_site.py
 
-readme: install-dev  ## draw the card and write README.md from nbs/index.ipynb
+readme: install-dev  ## draw the pictures and write README.md from nbs/index.ipynb
 	$(IN_ENV) python tools/make_card.py
 	$(IN_ENV) python tools/make_readme.py
 
@@ -100,6 +100,12 @@ reports: install-dev  ## the Design Analysis Reports of brain, pancreas and bloo
 
 bench-coverage: install-dev  ## when the gene path reads the embedding, on held-out cells that no benchmark reports: benchmarks/COVERAGE.csv
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/embedding_share.py $(ARGS)
+
+bench-share: install-dev  ## the encoder's share and other temperatures, on held-out cells that no benchmark reports: benchmarks/SHARE.csv
+	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/encoder_share.py $(ARGS)
+
+bench-merging: install-dev  ## bundles of four tissues made one, in several ways: benchmarks/MERGING.md
+	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/merging.py $(ARGS)
 
 bench-settings: install-dev  ## settings on held-out cells that no benchmark reports: benchmarks/SETTINGS.csv
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/settings.py $(ARGS)

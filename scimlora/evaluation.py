@@ -25,6 +25,7 @@ from torch import nn
 from .base import fold, run_layers
 from .calibration import MISSES, brier, ece
 from .core import InputError, atomic_path, progress, write_json
+from .hierarchy import hierarchical_scores
 from .lora import recalibrate_batchnorm
 from .splits import folds
 
@@ -340,6 +341,12 @@ def _paths(predictor, cells, p, y):
     return {n: score(y, softmax(v / t, axis=1), predictor.classes) for n, v, t in (("lora", encoder, c.encoder_temperature), ("gene_path", genes, c.gene_temperature))}
 
 
+def _hierarchy_scores(y, p, b):
+    "How far errors lie from the truth, for labels with a term of the Cell Ontology."
+    terms = b.manifest.get("labels") or {}
+    return hierarchical_scores([terms.get(v) for v in y], [terms.get(v) for v in p.label])
+
+
 def _set_scores(y, p, b):
     "How often conformal prediction sets hold the true label, and how many labels they hold."
     truth, out = _codes(y, b.classes), {}
@@ -365,7 +372,7 @@ def evaluate(predictor, cells, labels):
     metrics : dict
         As metrics.json: `score` of the bundle, the same under `paths` (its adapted encoder and its gene path, each by itself) and
         `baselines`, `best_baseline` (name, and the difference to it with its interval), `unseen_labels`, `unlabelled_cells`,
-        `unassigned`, `prediction_sets` (wanted coverage → the real one, labels a set, lowest of a class), `retention`, `trainable_parameters`, `trainable_fraction`, `seconds`.
+        `unassigned`, `prediction_sets` (wanted coverage → the real one, labels a set, lowest of a class), `hierarchy` (see `scimlora.hierarchy.hierarchical_scores`), `retention`, `trainable_parameters`, `trainable_fraction`, `seconds`.
     table : pandas.DataFrame
         One row a scored cell: true label, prediction, confidence, unassigned, reason.
     """
@@ -378,7 +385,7 @@ def evaluate(predictor, cells, labels):
     m = score(y, p.proba, b.classes)
     m["paths"] = _paths(predictor, cells, p, y)
     m["assigned_accuracy"] = (p.label == y)[~p.unassigned].mean() if (~p.unassigned).any() else None
-    m["unassigned"], m["prediction_sets"] = p.unassigned.mean(), _set_scores(y, p, b)
+    m["unassigned"], m["prediction_sets"], m["hierarchy"] = p.unassigned.mean(), _set_scores(y, p, b), _hierarchy_scores(y, p, b)
     m["unseen_labels"], m["unlabelled_cells"] = unseen.to_dict(), int(sum(x is None for x in labels))
     m |= _against_baselines(y, p, predictor, X)
     m["retention"] = retention(predictor.base, predictor, X)

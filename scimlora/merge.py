@@ -13,13 +13,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from .bundle import base_of
 from .calibration import fit_temperature
-from .classifier import Classifier
+from .classifier import Classifier, tissue_of
 from .core import InputError
-from .data import align_cells, find_counts, obs_column
-from .ontology import find_term
-from .predict import Predictor, open_bundle
+from .data import align_cells, obs_column
+from .ontology import cl_ids, find_term
+from .predict import Predictor
 
 # %% ../nbs/05ba_merge.ipynb #c177b96c
 _DEPTH = 1000, 8000  # counts of a drawn cell
@@ -173,7 +172,7 @@ def _real(adata, label, genes, units):
     if not len(rows): raise InputError(f"no cell has a label in '{label}'; name another column with --label")
     real = ad.AnnData(adata.X, obs=adata.obs[[]].copy(), var=adata.var, layers=dict(adata.layers)) if adata.raw is None else adata.copy()
     real.obs["label"] = labels
-    return _linear(real[rows], genes, units), {c: find_term(c)[0] for c in sorted(set(labels[rows]))}
+    return _linear(real[rows], genes, units), cl_ids(sorted(set(labels[rows])), tissue_of(adata.obs))
 
 # %% ../nbs/05ba_merge.ipynb #ab91146f
 def _together(sides, maps):
@@ -238,5 +237,7 @@ def merge(bundles, base=None, cells=None, label=None, per_class=60, units="auto"
     if lacking: joined.append(f"{lacking:,} genes are not in every one of them, and count as zero where they are missing")
     clf = Classifier.tune(together, "label", base=parts[0].base, baselines=False, units="cpm", seed=seed, title=title or "merged",
                           held_out=_record(parts, joined, 0 if cells is None else sides[-1].n_obs), **settings)
+    meaning = {name: labels[label] for labels, names in zip(terms, maps) for label, name in names.items() if labels[label]}
+    clf.bundle.manifest["labels"] = {c: meaning.get(c) for c in clf.classes_}
     clf.bundle.calibration = _calibrated(clf.bundle.calibration, parts, maps[:len(parts)], clf.classes_, seed)
     return clf

@@ -27,6 +27,7 @@ from .core import ad, atomic_path, progress, versions, InputError
 from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genepath import FEW_GENES
+from .hierarchy import back_off, hierarchy
 from .genes import is_gene, is_other_species, place_genes
 from .kernels import find_device, run_both, run_layers
 from .lora import Head, served_layers
@@ -282,7 +283,8 @@ class Predictor:
 
     def _reasons(self, cells, z, frozen, proba):
         cal, reason = self.bundle.calibration, np.full(len(z), "", dtype=object)
-        reason[proba.max(1) < cal.min_confidence] = f"confidence below {cal.min_confidence:.2f}"
+        unsure = np.flatnonzero(proba.max(1) < cal.min_confidence)
+        if len(unsure): reason[unsure] = [f"confidence below {cal.min_confidence:.2f}{more}" for more in self._broader(proba[unsure])]
         if cal.cells:
             d = self.distances(z, frozen)
             strange = cal.unlike(d) > cal.max_unlike
@@ -291,6 +293,14 @@ class Predictor:
             reason[strange] = "unlike every class it was taught"
         reason[np.diff(cells.X.indptr) == 0] = "no counts in the model's genes"
         return reason
+
+    @functools.cached_property
+    def _tree(self): return hierarchy({c: (self.bundle.manifest.get("labels") or {}).get(c) for c in self.classes})
+
+    def _broader(self, proba):
+        "What cells surely are a kind of that no single label is sure enough for, as the end of a sentence."
+        found = back_off(proba, self._tree, 1 - self.bundle.calibration.error)
+        return ["" if i < 0 else f"; surely {self._tree.names[i]}" for i in found]
 
     def _listed(self, cells):
         "Which cells are a handful of genes with no word on the others: (n_cells,) bool, or None."

@@ -1,7 +1,12 @@
-"""Draw nbs/images/card.png, the picture at the head of the README and the site's social card, from benchmarks/SCIENCE.csv.
+"""Write the pictures of nbs/images that are made of something else in the repository.
 
     python tools/make_card.py
+
+card.png, at the head of the README and the site's social card: from benchmarks/SCIENCE.csv. architecture.png, in CONTRIBUTING.md: the last
+picture of nbs/17_how_it_works.ipynb.
 """
+import base64
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +20,14 @@ LINES = {"scimlora": ("s", COLOURS[0], "-"), "logistic regression, genes": ("D",
          "frozen base + linear": ("o", COLOURS[3], ":"), "LoRA": ("^", COLOURS[4], "-")}
 
 
-def main():
+def architecture():
+    "The last picture that the chapter on how it works has saved."
+    cells = json.loads((ROOT / "nbs/17_how_it_works.ipynb").read_text(encoding="utf-8"))["cells"]
+    pictures = [o["data"]["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    (ROOT / "nbs/images/architecture.png").write_bytes(base64.b64decode(pictures[-1]))
+
+
+def card():
     runs = pd.read_csv(ROOT / "benchmarks/SCIENCE.csv")
     mean = 100 * runs.groupby(["method", "shots", "task"]).macro_f1.mean().groupby(["method", "shots"]).mean().unstack("shots")
     fig = Figure(figsize=(12, 6.3), facecolor="white")
@@ -32,4 +44,6 @@ def main():
     fig.savefig(ROOT / "nbs/images/card.png", dpi=100, metadata={"Software": None})
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    card()
+    architecture()

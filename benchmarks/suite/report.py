@@ -187,6 +187,22 @@ def behind_lines(t, rows):
             "*One of them is worth*: points of macro-F1 that one test cell of the rarest type decides."] if lines else ["Nothing."]
 
 
+def share_lines(s):
+    "What another share of the encoder and other temperatures gave, from SHARE.csv."
+    where = [("that the base knows", s.coverage >= 0.6), ("that it does not", s.coverage < 0.6)]
+    f1 = {float(c.removeprefix("F1 at ")): 100 * s[c] for c in s if c.startswith("F1 at ")}
+    for name, rows in where:
+        mean = {k: v[rows].groupby(s.task).mean().mean() for k, v in f1.items()}
+        best = max(mean, key=mean.get)
+        yield (f"- Another share for the encoder, on {s.task[rows].nunique()} held-out tasks {name} (`SHARE.csv`): {', '.join(f'{k:g} gives {v - mean[0.2]:+.1f}' for k, v in mean.items() if k in (0, 0.4, 0.6, 1))} "
+               f"points against 0.2; the best is {best:g}, {mean[best] - mean[0.2]:+.1f}.")
+    served = s["ECE, as served"]
+    for shots, rows in s.groupby("cells_a_class", sort=False).groups.items():
+        other = {c.removeprefix("ECE, "): s[c][rows].mean() - served[rows].mean() for c in s if c.startswith("ECE, ") and c != "ECE, as served"}
+        yield (f"- ECE with {shots} cells{' a class' if shots != 'full' else ''}, on the same tasks: {served[rows].mean():.3f} as served; temperatures "
+               + ", ".join(f"{name} {d:+.3f}" for name, d in other.items()) + ".")
+
+
 def tried_lines(t, folder):
     "What was tried against it, and what it gave, from the tables of those runs."
     ours, tried = t[t.method == "scimlora"], pd.read_csv(folder / "TRIED.csv")
@@ -199,6 +215,7 @@ def tried_lines(t, folder):
         d = 100 * (g["share 0.35"] - g["share 0"]).groupby(g.task).mean()
         yield (f"- The gene path's line with the embedding beside the genes, on {len(d)} held-out tasks that the base {'knows' if known else 'does not know'} (`COVERAGE.csv`): {d.mean():+.1f} points, "
                f"from {d.min():+.1f} to {d.max():+.1f}. " + ("So it has it there." if known else "So it reads the genes alone there."))
+    yield from share_lines(pd.read_csv(folder / "SHARE.csv"))
     s = pd.read_csv(folder / "SETTINGS.csv").groupby(["setting", "task", "cells_a_class"]).macro_f1.mean().unstack("setting") * 100
     between = s.index.get_level_values("task").str.contains("→")
     for name in s.columns.drop("default"):
