@@ -30,7 +30,18 @@ class Annotated:
 
 
 def sentence(text, file=""):
-    "Return an error's text as a sentence, with the file called as its owner calls it."
+    """Return an error's text as a sentence, with the file called as its owner calls it.
+
+    Parameters
+    ----------
+    text : str or Exception
+    file : str
+        The owner's name of the file.
+
+    Returns
+    -------
+    str
+    """
     text = str(text).removeprefix("cell 0: ").strip().rstrip(".")
     for kind in KINDS:
         if file and text.startswith(f"file{kind}:"): return f"{file}{text.removeprefix(f'file{kind}')}."
@@ -86,16 +97,73 @@ class Local:
         return {**bundle.manifest, "calibration": bundle.calibration.to_dict()}
 
     def ask(self, cell, units="auto"):
-        "Return what cell type a dictionary of gene → value is, as `scimlora.answers.answer` does."
+        """Return what cell type a dictionary of gene → value is, as `scimlora.answers.answer` does.
+
+        Parameters
+        ----------
+        cell : dict of str to float
+            Gene → value.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What the values are.
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        Trouble
+            If the genes or values cannot be used.
+        """
         try: return answer(self._predictor, [cell], units)[0]
         except InputError as e: raise Trouble(sentence(e)) from None
 
     def findings(self, name, data, units="auto"):
-        "Return the doctor's examination of a file."
+        """Return the doctor's examination of a file.
+
+        Parameters
+        ----------
+        name : str
+            The file's own name; its ending says what it is.
+        data : bytes
+            What is in it.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What the values are.
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        Trouble
+            If the file cannot be read.
+        """
         return self._on_file(name, data, lambda path: _called(name, examine_upload(path, self._predictor.base, units)))
 
     def annotate(self, name, data, units="auto", done=lambda share: None):
-        "Annotate a file and return an `Annotated`; `done` is told the share of cells that are."
+        """Annotate a file.
+
+        Parameters
+        ----------
+        name : str
+            The file's own name; its ending says what it is.
+        data : bytes
+            What is in it.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What the values are.
+        done : callable
+            Is told the share of the cells that are annotated, 0 to 1.
+
+        Returns
+        -------
+        Annotated
+
+        Raises
+        ------
+        Trouble
+            If the file cannot be used.
+        """
         def engine(predictor, alignment):
             for rows, p in in_this_process(predictor, alignment):
                 yield rows, p
@@ -152,15 +220,72 @@ class Remote:
         return model
 
     def ask(self, cell, units="auto"):
-        "Return what cell type a dictionary of gene → value is."
+        """Return what cell type a dictionary of gene → value is.
+
+        Parameters
+        ----------
+        cell : dict of str to float
+            Gene → value.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What the values are.
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        Trouble
+            If the service refuses or cannot be reached.
+        """
         return self._json("POST", "/predict", json={"expression": cell, "units": units})
 
     def findings(self, name, data, units="auto"):
-        "Return the doctor's examination of a file."
+        """Return the doctor's examination of a file.
+
+        Parameters
+        ----------
+        name : str
+            The file's own name; its ending says what it is.
+        data : bytes
+            What is in it.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What the values are.
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        Trouble
+            If the file cannot be read.
+        """
         return _called(name, self._json("POST", "/examine", name, params={"units": units}, files={"file": (name, data)}))
 
     def annotate(self, name, data, units="auto", done=lambda share: None):
-        "Annotate a file and return an `Annotated`; `done` is told the share of cells that are, about once a second."
+        """Annotate a file.
+
+        Parameters
+        ----------
+        name : str
+            The file's own name; its ending says what it is.
+        data : bytes
+            What is in it.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What the values are.
+        done : callable
+            Is told the share of the cells that are annotated, 0 to 1, about once a second.
+
+        Returns
+        -------
+        Annotated
+
+        Raises
+        ------
+        Trouble
+            If the file cannot be used, or the service cannot be reached.
+        """
         job = uuid.uuid4().hex
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(self._ask, "POST", "/annotate", name, params={"format": "h5ad", "units": units, "job": job}, files={"file": (name, data)})

@@ -52,7 +52,18 @@ class Encoder(nn.Module):
         self.network.append(nn.Linear(widths[-1], latent))
 
     def forward(self, x):
-        "Return the embedding, shape (n_cells, latent), rows of unit length."
+        """Embed cells.
+
+        Parameters
+        ----------
+        x : torch.Tensor of float32, shape (n_cells, n_genes)
+            log1p CP10K.
+
+        Returns
+        -------
+        torch.Tensor, shape (n_cells, latent)
+            Rows of unit length.
+        """
         for layer in self.network: x = layer(x)
         return F.normalize(x, p=2, dim=1)
 

@@ -122,7 +122,19 @@ class Batcher:
             else: p.future.set_result(mine)
 
     async def call(self, function, *args):
-        "Call a function in the model's thread, when its turn comes, and wait for what it returns."
+        """Call a function in the model's thread, when its turn comes.
+
+        Parameters
+        ----------
+        function : callable
+        *args
+            What it takes.
+
+        Returns
+        -------
+        object
+            What it returns.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     async def close(self):

@@ -36,7 +36,17 @@ _MOSTLY = {"conventional dendritic cell|plasmacytoid dendritic cell": "dendritic
 
 
 def coarse(allowed):
-    "Return the bundle's label for classes joined by `|`, or None where they are not one."
+    """Return the bundle's label for classes joined by `|`, or None where they are not one.
+
+    Parameters
+    ----------
+    allowed : str
+        Names of fine classes, joined by `|`.
+
+    Returns
+    -------
+    str or None
+    """
     found = {_COARSE.get(c) for c in allowed.split("|")}
     return _MOSTLY.get(allowed) or (found.pop() if len(found) == 1 else None)
 

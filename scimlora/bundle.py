@@ -63,7 +63,17 @@ def _card_numbers(metrics):
 
 
 def choices(manifest):
-    "Return in sentences what `tune` chose by itself: who answers, what the gene path reads, and how strong the adapter is."
+    """Return in sentences what `tune` chose by itself: who answers, what the gene path reads, and how strong the adapter is.
+
+    Parameters
+    ----------
+    manifest : dict
+        A bundle's.
+
+    Returns
+    -------
+    list of str
+    """
     said = [manifest.get("choice", {}).get(k) for k in ("why", "why_embedding", "why_strength")]
     return [f"{s[0].upper()}{s[1:]}." for s in said if s]
 

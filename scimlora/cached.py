@@ -167,7 +167,19 @@ class CachedEncoder:
         self.frozen = run_first(Layer(first.weight.numpy(), first.bias.numpy(), first.slope.numpy()), self.X, self.frozen)
 
     def over(self, X, limit=_LIMIT):
-        "The same encoder on other cells."
+        """Return the same encoder on other cells.
+
+        Parameters
+        ----------
+        X : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
+            log1p CP10K.
+        limit : int
+            Bytes from which on what is kept lies in a temporary file.
+
+        Returns
+        -------
+        CachedEncoder
+        """
         other = copy.copy(self)
         other.X = X
         other._keep(True, limit)
@@ -195,7 +207,17 @@ class CachedEncoder:
 
     @torch.no_grad()
     def embed(self, batch=1024):
-        "Embed all cells: a tensor of shape (n_cells, latent)."
+        """Embed all cells.
+
+        Parameters
+        ----------
+        batch : int
+            Cells at a time.
+
+        Returns
+        -------
+        torch.Tensor, shape (n_cells, latent)
+        """
         n = self.X.shape[0]
         return torch.cat([self(np.arange(a, min(a + batch, n))) for a in range(0, n, batch)])
 
@@ -231,5 +253,11 @@ def flatten(groups):
 
 
 def unflatten(params):
-    "Give each parameter its own memory again."
+    """Give each parameter its own memory again.
+
+    Parameters
+    ----------
+    params : sequence of torch.nn.Parameter
+        As `flatten` left them.
+    """
     for p in params: p.data, p.grad = p.data.clone(memory_format=torch.contiguous_format), None

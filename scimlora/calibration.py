@@ -272,21 +272,71 @@ class Calibration:
         return sum(w * log_softmax(np.asarray(v, np.float64) / t, axis=1) for v, t, w in paths)
 
     def proba(self, encoder, genes=None, whole=True):
-        "Return probabilities, shape (n_cells, n_classes), rows that sum to 1, of the logits of one path or of both, as `join` takes them."
+        """Turn the logits of one path or of both into probabilities.
+
+        Parameters
+        ----------
+        encoder, genes, whole
+            As `join` takes them.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_cells, n_classes)
+            Rows that sum to 1.
+        """
         return softmax(self.join(encoder, genes, whole) / self.temperature, axis=1)
 
     def unlike(self, distances):
-        "Return how unlike all classes cells are, shape (n_cells,), from distances in both embeddings, shape (n_cells, 2)."
+        """Say how unlike all classes cells are.
+
+        Parameters
+        ----------
+        distances : numpy.ndarray, shape (n_cells, 2)
+            To the nearest centroid, in the adapted and in the base's embedding.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_cells,)
+            In spreads of cells that belong, summed over both.
+        """
         return ((distances - np.array(self.center)) / np.array(self.scale)).sum(1)
 
     def sets(self, proba, miss=0.1):
-        "Return prediction sets, a bool array of shape (n_cells, n_classes), never empty; all labels where nothing was calibrated."
+        """Return prediction sets, which are never empty.
+
+        Parameters
+        ----------
+        proba : numpy.ndarray, shape (n_cells, n_classes)
+            Calibrated.
+        miss : float
+            One of `MISSES`: the share of sets that may lack the true label.
+
+        Returns
+        -------
+        numpy.ndarray of bool, shape (n_cells, n_classes)
+            All labels where nothing was calibrated.
+        """
         t = self.conformal.get(str(miss))
         return np.ones(proba.shape, bool) if t is None else (proba >= np.array(t)) | (proba == proba.max(1, keepdims=True))
 
     @classmethod
     def from_dict(cls, values):
-        "Build it from what calibration.json holds; raise InputError if that is not what `to_dict` gave."
+        """Build it from what calibration.json holds.
+
+        Parameters
+        ----------
+        values : dict
+            What `to_dict` gave.
+
+        Returns
+        -------
+        Calibration
+
+        Raises
+        ------
+        InputError
+            If it is something else.
+        """
         known = {f.name: f.type for f in fields(cls)}
         bad = "no object" if not isinstance(values, dict) else next((f"an unknown key {k!r}" for k in values if k not in known), None)
         bad = bad or next((f"{k} = {values.get(k)!r}" for k, kind in known.items() if not _fits(kind, values.get(k))), None)

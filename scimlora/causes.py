@@ -148,7 +148,18 @@ class Profiles:
     markers: np.ndarray  # (k, n_markers) int: columns, best first
 
     def levels(self, X):
-        "Return where each cell lies by each type's markers, shape (n_cells, k)."
+        """Say where each cell lies by each type's markers.
+
+        Parameters
+        ----------
+        X : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
+            log1p CP10K.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_cells, k)
+            0 is the level of the other types, 1 that of the type itself.
+        """
         out = np.zeros((X.shape[0], len(self.names)))
         for j, genes in enumerate(self.markers):
             own, others = self.means[j, genes].mean(), np.delete(self.means, j, 0)[:, genes].mean(1).max()

@@ -19,7 +19,17 @@ _SHARE, _BEHIND = 0.2, 0.10  # the encoder's say, and how far behind the genes i
 
 
 def check_preset(preset):
-    "Raise InputError if there is no such preset."
+    """Check that there is such a preset.
+
+    Parameters
+    ----------
+    preset : str
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
     if preset not in PRESETS: raise InputError(f"preset '{preset}': choose one of {', '.join(PRESETS)}")
 
 

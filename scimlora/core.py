@@ -185,6 +185,10 @@ def sha256(path):
     ----------
     path : str or Path
         The file; read in pieces, so its size does not matter.
+
+    Returns
+    -------
+    str
     """
     h = hashlib.sha256()
     with open(path, "rb") as f:

@@ -341,7 +341,16 @@ class Alignment:
         self._from, self._to = to.indices, np.repeat(rows, np.diff(to.indptr)[rows])  # columns of the file, by the model's gene
 
     def linear(self, rows):
-        "Return linear values of some rows (a slice) in the model's gene order: a CSR matrix of shape (n, m)."
+        """Read some rows as linear values in the model's gene order.
+
+        Parameters
+        ----------
+        rows : slice
+
+        Returns
+        -------
+        scipy.sparse.csr_matrix, shape (n, m)
+        """
         # By columns and back again is how a sparse matrix is sorted in linear time.
         X = self.values.linear(self.file, rows).tocsc()[:, self._from].tocsr()
         values = X.data.astype(np.result_type(X.dtype, np.float32), copy=False)
@@ -352,11 +361,31 @@ class Alignment:
         return X
 
     def cells(self, rows):
-        "Return some rows (a slice) as `Cells`, without a report."
+        """Read some rows as `Cells`, without a report.
+
+        Parameters
+        ----------
+        rows : slice
+
+        Returns
+        -------
+        Cells
+        """
         return Cells(log1p_cp10k(self.linear(rows)), self.file.obs.iloc[rows], self.genes, measured=self.measured)
 
     def chunks(self, desc=""):
-        "Go through the file: yield slices of rows, with a progress bar if `desc` says what is being done."
+        """Go through the file.
+
+        Parameters
+        ----------
+        desc : str
+            What is being done, for a progress bar; without it there is none.
+
+        Yields
+        ------
+        slice
+            Rows, in order.
+        """
         bar = progress(desc=desc, total=self.file.n_obs, unit="cells") if desc else None
         for rows in self.file.chunks(self.values.where):
             yield rows

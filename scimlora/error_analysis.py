@@ -250,7 +250,17 @@ def _expressed(cells, rows, y, least=3):
 
 
 def jaccard(a, b):
-    "Return the share of two lists' items that both have."
+    """Return the share of two lists' items that both have.
+
+    Parameters
+    ----------
+    a, b : sequence of str
+
+    Returns
+    -------
+    float
+        0 to 1.
+    """
     return len(set(a) & set(b)) / max(1, len(set(a) | set(b)))
 
 # %% ../nbs/05_error_analysis.ipynb #c9f1fb9e

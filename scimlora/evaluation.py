@@ -515,7 +515,13 @@ def plot_reliability(table, bins=10):
 
 # %% ../nbs/04_evaluation.ipynb #9f53f245
 def save_figure(fig, path):
-    "Write a figure as PNG, whole or not at all."
+    """Write a figure as PNG, whole or not at all.
+
+    Parameters
+    ----------
+    fig : matplotlib.figure.Figure
+    path : str or Path
+    """
     with atomic_path(path) as tmp: fig.savefig(tmp, dpi=130, metadata={"Software": None})
 
 

@@ -102,10 +102,27 @@ class HttpStream(io.RawIOBase):
         self._md5, self._answer, self._failed = hashlib.md5(usedforsecurity=False) if not start else None, None, 0
         self._until(lambda: self._answer or self._connect() or self._answer)
 
-    def readable(self): return True
+    def readable(self):
+        "Say that it can be read."
+        return True
 
     def readinto(self, b):
-        "Fill `b`; returns the number of bytes, 0 at the end of the file."
+        """Fill a buffer.
+
+        Parameters
+        ----------
+        b : writable buffer
+
+        Returns
+        -------
+        int
+            Bytes that were read; 0 at the end of the file.
+
+        Raises
+        ------
+        ScimloraError
+            If the network fails for good.
+        """
         n = self._until(lambda: self._some(b))
         if self._md5: self._md5.update(memoryview(b)[:n])
         self.position, self._failed = self.position + n, 0 if n else self._failed

@@ -88,11 +88,33 @@ class CellFile:
         return len(self.obs)
 
     def genes(self, where):
-        "Return the table of genes that belongs to a place."
+        """Return the table of genes that belongs to a place.
+
+        Parameters
+        ----------
+        where : str
+            A key of `places`: `'X'`, `'raw.X'` or `"layers['counts']"`.
+
+        Returns
+        -------
+        pandas.DataFrame
+        """
         return self.raw_var if where == "raw.X" else self.var
 
     def chunks(self, where, values=4_000_000):
-        "Return slices of rows that hold about so many values each."
+        """Return slices of rows that hold about so many values each.
+
+        Parameters
+        ----------
+        where : str
+            As for `genes`.
+        values : int
+            Stored values of a slice.
+
+        Returns
+        -------
+        list of slice
+        """
         a_cell = max(1, self.places[where].nnz / max(1, self.n_obs))
         step = int(min(max(values / a_cell, 64), 50_000))
         return [slice(a, min(a + step, self.n_obs)) for a in range(0, self.n_obs, step)]

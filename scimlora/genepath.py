@@ -257,27 +257,74 @@ class GenePath:
 
     # The service asks for single cells: what is the same for all is made once.
     @cached_property
-    def angles(self): return _angles(self.profile, self.level, self.prior)
+    def angles(self):
+        "What directions are multiplied with to give 50 times the mean cosine to both profiles, shape (n_genes, n_classes)."
+        return _angles(self.profile, self.level, self.prior)
 
     @cached_property
-    def log_share(self): return _log_share(self.level, self.prior > 0)
+    def log_share(self):
+        "Logarithm of each gene's share of a profile, shape (n_genes, n_classes)."
+        return _log_share(self.level, self.prior > 0)
 
     def proba(self, X, z, measured=None, listed=None):
-        "Return the same as probabilities, shape (n_cells, n_classes)."
+        """Return what `logits` returns as probabilities.
+
+        Parameters
+        ----------
+        X, z, measured, listed
+            As for `logits`.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_cells, n_classes)
+            Rows that sum to 1.
+        """
         return softmax(self.logits(X, z, measured, listed), axis=1)
 
     def whole(self, measured):
-        "Say whether a file that looked for these genes (a bool array, or None for all) lacks next to nothing."
+        """Say whether a file lacks next to nothing of what the training cells were told by.
+
+        Parameters
+        ----------
+        measured : numpy.ndarray of bool, shape (n_genes,), or None
+            Genes that the file has; None for all.
+
+        Returns
+        -------
+        bool
+        """
         return measured is None or self.square[measured].sum() > _WHOLE * self.square.sum()
 
     def whole_rows(self, measured):
-        "Say the same of each row of a CSR matrix of genes looked for: (n_cells,) bool; an empty row looked for all."
+        """Say what `whole` says of each cell.
+
+        Parameters
+        ----------
+        measured : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
+            Genes that were looked for; an empty row looked for all.
+
+        Returns
+        -------
+        numpy.ndarray of bool, shape (n_cells,)
+        """
         if not measured.nnz: return np.ones(measured.shape[0], bool)
         there = sp.csr_matrix((np.ones(measured.nnz), measured.indices, measured.indptr), measured.shape)
         return (there @ self.square.astype(np.float64) > _WHOLE * self.square.sum(dtype=np.float64)) | (np.diff(measured.indptr) == 0)
 
     def line(self, P, z):
-        "Return the line's logits, shape (n_cells, n_classes), of directions and embeddings; no temperature."
+        """Return the line's logits, without a temperature.
+
+        Parameters
+        ----------
+        P : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
+            From `directions`.
+        z : numpy.ndarray, shape (n_cells, latent)
+            By the frozen base.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_cells, n_classes)
+        """
         return P @ self.weight + z @ self.embedding + self.bias
 
     def _logits(self, X, z, measured):

@@ -83,11 +83,31 @@ class Head(nn.Module):
         self.linear = nn.Linear(latent, n_classes)
 
     def forward(self, z):
-        "Return logits, shape (n_cells, n_classes), for embeddings of shape (n_cells, latent)."
+        """Return logits.
+
+        Parameters
+        ----------
+        z : torch.Tensor, shape (n_cells, latent)
+
+        Returns
+        -------
+        torch.Tensor, shape (n_cells, n_classes)
+        """
         return self.linear(z * z.shape[1] ** 0.5)
 
     def start(self, weight, bias):
-        "Take the weights of a linear rule on z, as `logreg_start` returns them; return the head."
+        """Take the weights of a linear rule on embeddings.
+
+        Parameters
+        ----------
+        weight, bias : array, shapes (n_classes, latent) and (n_classes,)
+            As `logreg_start` returns them.
+
+        Returns
+        -------
+        Head
+            Itself.
+        """
         with torch.no_grad():
             self.linear.weight.copy_(torch.as_tensor(weight) / self.linear.in_features**0.5)
             self.linear.bias.copy_(torch.as_tensor(bias))
@@ -117,11 +137,32 @@ class CosineHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, z):
-        "Return logits, shape (n_cells, n_classes), for embeddings of shape (n_cells, latent) and unit length."
+        """Return logits.
+
+        Parameters
+        ----------
+        z : torch.Tensor, shape (n_cells, latent)
+            Rows of unit length.
+
+        Returns
+        -------
+        torch.Tensor, shape (n_cells, n_classes)
+        """
         return self.log_scale.exp() * z @ F.normalize(self.weight, dim=1).T
 
     def start(self, weight, bias):
-        "Take the directions of a linear rule on z, centred over the classes; return the head."
+        """Take the directions of a linear rule on embeddings, centred over the classes.
+
+        Parameters
+        ----------
+        weight, bias : array, shapes (n_classes, latent) and (n_classes,)
+            As `logreg_start` returns them; a cosine has no bias.
+
+        Returns
+        -------
+        CosineHead
+            Itself.
+        """
         w = torch.as_tensor(weight, dtype=torch.float32)
         with torch.no_grad(): self.weight.copy_(w - w.mean(0))
         return self

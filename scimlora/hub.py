@@ -68,7 +68,17 @@ def files_to_send(folder, inside=""):
 
 
 def listing(files):
-    "Return what would go up as text: a file and its size a line, and the sum."
+    """Return what would go up as text: a file and its size a line, and the sum.
+
+    Parameters
+    ----------
+    files : dict of str to Path
+        Name on the Hub → file.
+
+    Returns
+    -------
+    str
+    """
     rows = [f"{p.stat().st_size:>12,}  {n}" for n, p in files.items()]
     return "\n".join([*rows, f"{sum(p.stat().st_size for p in files.values()):>12,}  bytes in {len(files)} files"])
 
@@ -82,7 +92,18 @@ _WHY = {401: "the Hub does not know your token: make one that may write at huggi
 
 @contextlib.contextmanager
 def explained(repo):
-    "Turn what the Hub answers in a block into one line."
+    """Turn what the Hub answers in a block into one line.
+
+    Parameters
+    ----------
+    repo : str
+        OWNER/NAME, for the message.
+
+    Raises
+    ------
+    InputError, ScimloraError
+        In place of what the Hub's package raises: what is wrong with the call, and what failed.
+    """
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError
 
     try: yield

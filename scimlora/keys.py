@@ -82,7 +82,18 @@ class Keys:
     def __len__(self): return len(self._names)
 
     def who(self, key):
-        "Return the name of a key, or None."
+        """Say whose key it is, in the same time whichever it is.
+
+        Parameters
+        ----------
+        key : bytes
+            As it was sent.
+
+        Returns
+        -------
+        str or None
+            Its name; None for an unknown key.
+        """
         given, found = "sha256:" + hashlib.sha256(key).hexdigest(), None
         for known, name in self._names.items():
             if hmac.compare_digest(known, given): found = name
@@ -106,7 +117,18 @@ class Rates:
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage()) if most else None
 
     def wait(self, who):
-        "Count a request; return 0, or in how many seconds to come again."
+        """Count a request.
+
+        Parameters
+        ----------
+        who : str
+            A key's name, or an address.
+
+        Returns
+        -------
+        int
+            0, or in how many seconds to come again.
+        """
         if self._item is None or self._limiter.hit(self._item, who): return 0
         return max(1, math.ceil(self._limiter.get_window_stats(self._item, who).reset_time - time.time()))
 

@@ -38,7 +38,13 @@ class Metrics:
         self.models = Gauge("scimlora_models_loaded", "bundles in memory", multiprocess_mode="livesum", registry=r)
 
     def batch(self, cells, seconds):
-        "Count a pass through a model."
+        """Count a pass through a model.
+
+        Parameters
+        ----------
+        cells : int
+        seconds : float
+        """
         self.cells.inc(cells)
         self.batch_cells.observe(cells)
         self.batch_seconds.observe(seconds)
@@ -54,7 +60,15 @@ _METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"}
 
 
 def log_line(stream, **fields):
-    "Write one line of JSON with the time."
+    """Write one line of JSON with the time.
+
+    Parameters
+    ----------
+    stream : file
+        A full disk or a closed pipe is passed over.
+    **fields
+        What goes into the line.
+    """
     try:
         stream.write(json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}) + "\n")
         stream.flush()

@@ -168,7 +168,12 @@ def add_lora(encoder, config=None):
 
 
 def set_train_mode(model):
-    "Turn on the adapters' dropout; leave BatchNorm and the encoder's own dropout in evaluation mode."
+    """Turn on the adapters' dropout; leave BatchNorm and the encoder's own dropout in evaluation mode.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+    """
     model.eval()
     for name, m in model.named_modules():
         if "lora_dropout" in name: m.train()
@@ -675,7 +680,17 @@ def served_layers(base, config, tensors):
 
 # %% ../nbs/03_lora.ipynb #854c3bb4
 def can_weaken(config):
-    "Say whether an adapter of this configuration can be kept at a strength: not DoRA, whose correction is not linear, nor a head alone."
+    """Say whether an adapter of this configuration can be kept at a strength: not DoRA, whose correction is not linear, nor a head alone.
+
+    Parameters
+    ----------
+    config : dict
+        What `adapter_config.json` holds.
+
+    Returns
+    -------
+    bool
+    """
     return config.get("scimlora_method", "lora") in ("lora", "bn", "full") and not config.get("use_dora")
 
 

@@ -105,7 +105,18 @@ class Decoder(nn.Module):
         self.network = nn.Sequential(nn.Linear(latent, hidden), nn.PReLU(), nn.Linear(hidden, n_genes))
 
     def forward(self, z):
-        "Return log1p CP10K, shape (n_cells, n_genes), of embeddings of unit length."
+        """Reconstruct cells from their embeddings.
+
+        Parameters
+        ----------
+        z : torch.Tensor, shape (n_cells, latent)
+            Rows of unit length.
+
+        Returns
+        -------
+        torch.Tensor, shape (n_cells, n_genes)
+            log1p CP10K.
+        """
         return self.network(z * z.shape[1] ** 0.5)
 
 

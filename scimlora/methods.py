@@ -34,7 +34,18 @@ class Fitted:
     tuned: Tuned | None = None  # what was learned, where something was tuned
 
     def proba(self, X):
-        "Return probabilities, shape (n_cells, n_classes), of cells in the base's gene order, log1p CP10K."
+        """Return probabilities.
+
+        Parameters
+        ----------
+        X : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
+            log1p CP10K in the base's gene order.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_cells, n_classes)
+            Rows that sum to 1.
+        """
         return softmax(self.logits(X), axis=1)
 
 # %% ../nbs/04aa_methods.ipynb #2b3fe442

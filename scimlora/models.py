@@ -84,7 +84,18 @@ class Models:
             return self._open[name][0]
 
     def check(self, name):
-        "Raise InputError if no bundle has that name."
+        """Check that a bundle has that name.
+
+        Parameters
+        ----------
+        name : str or None
+            None is the default.
+
+        Raises
+        ------
+        InputError
+            If none has.
+        """
         if name is not None and name not in self._sources: raise InputError(f"model: there is no '{name[:40]}'; choose one of: {', '.join(self.names[:20])}")
 
     def _load(self, name):

@@ -44,12 +44,43 @@ class Ontology:
         return found
 
     def distance(self, a, b):
-        "Return the number of edges between two terms through their lowest common ancestor; 0 for the same term."
+        """Count the edges between two terms through their lowest common ancestor.
+
+        Parameters
+        ----------
+        a, b : str
+            Ids.
+
+        Returns
+        -------
+        int
+            0 for the same term.
+
+        Raises
+        ------
+        InputError
+            If one is no term.
+        """
         one, two = self.up(a), self.up(b)
         return min(one[t] + two[t] for t in one.keys() & two.keys())
 
     def relation(self, a, b):
-        "Say what a is of b: `'same'`, `'ancestor'`, `'descendant'` or `'other'`."
+        """Say what a is of b.
+
+        Parameters
+        ----------
+        a, b : str
+            Ids.
+
+        Returns
+        -------
+        {'same', 'ancestor', 'descendant', 'other'}
+
+        Raises
+        ------
+        InputError
+            If one is no term.
+        """
         if a == b: return "same"
         return "ancestor" if a in self.up(b) else "descendant" if b in self.up(a) else "other"
 

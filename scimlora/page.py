@@ -77,14 +77,34 @@ _LONGEST = 60  # genes in a link: a browser's address ends somewhere
 
 
 def genes_to_link(text):
-    "Return a pasted table as one word for a link, or '' if it is too long or cannot be read."
+    """Return a pasted table as one word for a link, or '' if it is too long or cannot be read.
+
+    Parameters
+    ----------
+    text : str
+        A gene and a value a line.
+
+    Returns
+    -------
+    str
+        Empty if it is too long for a link or cannot be read.
+    """
     try: rows = list(_rows(text))
     except InputError: return ""
     return ",".join(g if v is None else f"{g}:{v:g}" for _, g, v in rows) if len(rows) <= _LONGEST else ""
 
 
 def genes_from_link(word):
-    "Return what `genes_to_link` made as a person would paste it."
+    """Return what `genes_to_link` made as a person would paste it.
+
+    Parameters
+    ----------
+    word : str
+
+    Returns
+    -------
+    str
+    """
     return "\n".join(part.replace(":", " ") for part in word.split(","))
 
 # %% ../nbs/06d_page.ipynb #33c2b122
@@ -113,7 +133,17 @@ def presets(labels):
 
 
 def preset_text(table):
-    "Write an example as a person would paste it."
+    """Write an example as a person would paste it.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Columns `gene` and `value`.
+
+    Returns
+    -------
+    str
+    """
     return "\n".join(f"{g} {v:g}" for g, v in zip(table.gene, table.value))
 
 # %% ../nbs/06d_page.ipynb #4b37b200
@@ -121,12 +151,35 @@ MOST = 5000  # cells on the map: more would cost the browser and say no more
 
 
 def some_rows(n, most=MOST, seed=0):
-    "Return at most `most` rows of n, drawn with a seed, in order."
+    """Draw rows.
+
+    Parameters
+    ----------
+    n : int
+        How many there are.
+    most : int
+        How many to draw at most.
+    seed : int
+
+    Returns
+    -------
+    numpy.ndarray of int
+        In order.
+    """
     return np.sort(np.random.default_rng(seed).permutation(n)[:most])
 
 
 def pca_xy(z):
-    "Return the first two principal components of an embedding, shape (n_cells, 2)."
+    """Return the first two principal components of an embedding.
+
+    Parameters
+    ----------
+    z : numpy.ndarray, shape (n_cells, latent)
+
+    Returns
+    -------
+    numpy.ndarray, shape (n_cells, 2)
+    """
     z = z - z.mean(0)
     u, s, _ = np.linalg.svd(z, full_matrices=False)
     xy = np.zeros((len(z), 2))

@@ -60,7 +60,18 @@ class Predictions:
         return self.reason != ""
 
     def top(self, k=3):
-        "Return for each cell the k most probable labels, as (label, probability) pairs."
+        """Return the most probable labels of each cell.
+
+        Parameters
+        ----------
+        k : int
+            How many.
+
+        Returns
+        -------
+        list of list of (str, float)
+            Labels and their probabilities, the most probable first.
+        """
         order = np.argsort(-self.proba, axis=1, kind="stable")[:, :k]
         return [[(self.classes[j], float(p[j])) for j in row] for row, p in zip(order, self.proba)]
 
@@ -188,14 +199,48 @@ class Predictor:
         self._W, self._b = lin.weight.detach().double().numpy().T, lin.bias.detach().double().numpy()
 
     def embed(self, cells, units="auto"):
-        "Return adapted embeddings, shape (n_cells, latent), of an AnnData, Cells, or aligned CSR matrix."
+        """Embed cells with the adapter.
+
+        Parameters
+        ----------
+        cells : anndata.AnnData, Cells, scipy.sparse.csr_matrix or list of dict
+            As for `predict`.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What the values are.
+
+        Returns
+        -------
+        numpy.ndarray of float32, shape (n_cells, latent)
+
+        Raises
+        ------
+        InputError
+            If the cells cannot be used.
+        """
         return run_layers(self.layers, self._aligned(cells, units).X, **self._how)
 
     @functools.cached_property
     def _own(self): return own_names(self.genes)
 
     def read(self, cells, units="auto"):
-        "Return dictionaries of gene → value as `Cells`; arguments as for `genes_to_cells`."
+        """Read cells that are dictionaries.
+
+        Parameters
+        ----------
+        cells : list of dict of str to float
+            Gene → value.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What the values are.
+
+        Returns
+        -------
+        Cells
+
+        Raises
+        ------
+        InputError
+            If no gene is known, or a value is none.
+        """
         return genes_to_cells(cells, self.genes, units, self._own)
 
     def _aligned(self, cells, units):
@@ -240,7 +285,19 @@ class Predictor:
         return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b, None if path is None else path.logits(cells.X, frozen, cells.measured, self._listed(cells))
 
     def proba(self, cells, z, frozen):
-        "Return calibrated probabilities, shape (n_cells, n_classes), of cells and their `embeddings`."
+        """Return calibrated probabilities.
+
+        Parameters
+        ----------
+        cells : Cells
+        z, frozen : numpy.ndarray, shape (n_cells, latent)
+            What `embeddings` gives of them.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_cells, n_classes)
+            Rows that sum to 1.
+        """
         path, m = self.bundle.genepath, cells.measured
         if path is None: whole = True
         else: whole = path.whole_rows(m) & ~self._listed(cells) if sp.issparse(m) else path.whole(m)

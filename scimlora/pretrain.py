@@ -379,7 +379,29 @@ class Pretrainer(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(recipe.latent, recipe.hidden[0]), nn.PReLU(), nn.Linear(recipe.hidden[0], n_genes))
 
     def loss(self, x, scores, whole, allowed, study, present, genes):
-        "Return the loss of a batch: `x` as varied, `scores` and `whole` as measured; `genes` are the ones to reconstruct."
+        """Return the loss of a batch.
+
+        Parameters
+        ----------
+        x : torch.Tensor, shape (n_cells, n_genes)
+            log1p CP10K, varied.
+        scores : torch.Tensor, shape (n_cells, n_components)
+            Principal components of the cells as measured.
+        whole : torch.Tensor, shape (n_cells, n_some)
+            log1p CP10K of the genes to reconstruct, as measured.
+        allowed : torch.Tensor of bool, shape (n_cells, n_classes)
+            Classes that a cell's label allows.
+        study : torch.Tensor of int, shape (n_cells,)
+        present : torch.Tensor of bool, shape (n_cells, n_some)
+            Which of the genes to reconstruct the cell's study measured.
+        genes : torch.Tensor of int, shape (n_some,)
+            Which genes those are.
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar.
+        """
         r = self.recipe
         z = self.encoder(x) * math.sqrt(r.latent)
         if r.objective == "sets": out = set_loss(self.head(z), allowed)
@@ -452,6 +474,8 @@ def train(corpus, recipe=Recipe(), seed=0, settle=True):
     corpus : Corpus
     recipe : Recipe
     seed : int
+    settle : bool
+        Take BatchNorm's statistics anew at the end, from cells as they are.
 
     Returns
     -------

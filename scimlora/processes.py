@@ -69,18 +69,45 @@ class SharedEncoder:
         return _Together.apply(self.encode(rows[place], mask), slice(place[0], place[-1] + 1) if len(place) else slice(0), len(rows))
 
     def over(self, X):
-        "The same encoder on other cells."
+        """Return the same encoder on other cells.
+
+        Parameters
+        ----------
+        X : scipy.sparse.csr_matrix, shape (n_cells, n_genes)
+            log1p CP10K.
+
+        Returns
+        -------
+        SharedEncoder
+        """
         return SharedEncoder(self.encode.over(X), self.rank, self.size)
 
     @torch.no_grad()
     def embed(self, batch=1024):
-        "Embed all cells: a tensor of shape (n_cells, latent)."
+        """Embed all cells.
+
+        Parameters
+        ----------
+        batch : int
+            Cells at a time.
+
+        Returns
+        -------
+        torch.Tensor, shape (n_cells, latent)
+        """
         n = self.X.shape[0]
         return torch.cat([self(np.arange(a, min(a + batch, n))) for a in range(0, n, batch)])
 
 
 def average_gradients(opt, size):
-    "Replace the gradients of an optimiser's parameters by their mean over processes."
+    """Replace the gradients of an optimiser's parameters by their mean over processes.
+
+    Parameters
+    ----------
+    opt : torch.optim.Optimizer
+    size : int
+        Number of processes.
+    """
     for p in (p for g in opt.param_groups for p in g["params"] if p.grad is not None):
         dist.all_reduce(p.grad)
         p.grad /= size

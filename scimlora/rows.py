@@ -235,7 +235,12 @@ class CsrWriter:
         self._data, self._indices = make("data", dtype), make("indices", np.int32)
 
     def append(self, X):
-        "Add the rows of a matrix of shape (n, n_columns)."
+        """Add rows.
+
+        Parameters
+        ----------
+        X : scipy.sparse matrix, shape (n, n_columns)
+        """
         X = sp.csr_matrix(X)
         X.sort_indices()
         a = len(self._data)

@@ -140,7 +140,21 @@ class Service:
         return answers
 
     def know(self, request, model, cells=None):
-        "Note for the log what a request is about; answer 404 if there is no such model."
+        """Note for the log what a request is about.
+
+        Parameters
+        ----------
+        request : fastapi.Request
+        model : str or None
+            The bundle asked; None is the default.
+        cells : int, optional
+            How many cells.
+
+        Raises
+        ------
+        HTTPException
+            404 if there is no such model.
+        """
         try: self.models.check(model)
         except InputError as e: raise HTTPException(404, str(e)) from None
         request.state.model = model or self.models.default

@@ -37,7 +37,17 @@ def tunnel_token():
 
 
 def curl_line(url):
-    "Return the line that asks a service at this address."
+    """Return the line that asks a service at this address.
+
+    Parameters
+    ----------
+    url : str
+
+    Returns
+    -------
+    str
+        For a shell; the key stays in its variable.
+    """
     return f"curl {url}/predict -H \"X-API-Key: $SCIMLORA_API_KEY\" -H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'"
 
 # %% ../nbs/06b_tunnel.ipynb #aa57f6ad

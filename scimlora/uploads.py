@@ -22,7 +22,18 @@ KINDS = (".h5ad", ".h5", ".loom", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", 
 
 
 def kind_of(name):
-    "Return the ending that says what kind of table a file is; `.h5ad` where its name does not tell."
+    """Say what kind of table a file is.
+
+    Parameters
+    ----------
+    name : str or None
+        As its owner calls it.
+
+    Returns
+    -------
+    str
+        An ending; `.h5ad` where the name does not tell.
+    """
     return next((k for k in sorted(KINDS, key=len, reverse=True) if (name or "").lower().endswith(k)), ".h5ad")
 
 
@@ -121,6 +132,16 @@ class Shares:
             if job is not None: self._path(job).unlink(missing_ok=True)
 
     def of(self, job):
-        "Return the share of a job that is done, or None if there is no such job now."
+        """Say how much of a job is done.
+
+        Parameters
+        ----------
+        job : str
+
+        Returns
+        -------
+        float or None
+            0 to 1; None if there is no such job now.
+        """
         try: return float(self._path(job).read_text())
         except OSError: return None
