@@ -84,7 +84,7 @@ _PACKAGES = ("scimlora", "torch", "peft", "numpy", "scipy", "scikit-learn", "ann
 def _manifest(base, tuned, checks, classes, y, cells, label, donor, notes, choice, seconds, title, held_out):
     counts = {c: int((y == i).sum()) for i, c in enumerate(classes)}
     return dict(schema_version=SCHEMA, title=title, base=dict(name=base.name, sha256=base.sha256), normalisation=NORMALISATION, genes=len(base.genes), label=label, donor=donor, split=held_out or _NO_TEST, validation=checks,
-                labels=cl_ids(classes), training=dict(cells=checks["cells"]["train"], validation=checks["cells"]["val"], genes_measured=int(cells.measured.sum()),
+                training=dict(cells=checks["cells"]["train"], validation=checks["cells"]["val"], genes_measured=int(cells.measured.sum()),
                 per_class=counts, seconds=seconds, input=cells.report), config=asdict(tuned.config), choice=choice, parameters=tuned.counts, notes=notes,
                 history=tuned.history, metrics={}, versions=versions(*_PACKAGES), seed=tuned.config.seed,
                 created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .base import fold, linear_names
-from .cached import CachedEncoder, flatten, unflatten
+from .cached import CachedEncoder, OnCells, flatten, unflatten
 from .core import InputError, progress, seed_everything
 from .heads import Head, make_head
 from .losses import LOSSES, Decoder, class_loss, distillation, donor_triplet, mask_genes, supervised_contrast
@@ -264,7 +264,7 @@ def tunable(encoder, config, X):
     return model.eval()
 
 # %% ../nbs/03_lora.ipynb #7fd6370d
-class _Plain:
+class _Plain(OnCells):
     "A module on given cells, as dense batches: for what is no LoRA, and for DoRA."
 
     def __init__(self, model, X): self.model, self.X = model, X
@@ -272,10 +272,6 @@ class _Plain:
     def __call__(self, rows, mask=0.0): return self.model(mask_genes(torch.from_numpy(self.X[rows].toarray()), mask))
 
     def over(self, X): return _Plain(self.model, X)
-
-    @torch.no_grad()
-    def embed(self, batch=1024):
-        return torch.cat([self(slice(a, a + batch)) for a in range(0, self.X.shape[0], batch)])
 
 
 def _encode(base, model, X, config):

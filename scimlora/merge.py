@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from .calibration import fit_temperature
+from .calibration import fit_temperature, spread_of
 from .classifier import Classifier, tissue_of
 from .core import InputError
 from .data import align_cells, obs_column
@@ -111,8 +111,6 @@ _TEMPERATURES = ("encoder_temperature", "gene_temperature", "temperature")
 
 def _on_drawn(predictor, seed):
     "What a bundle's calibration would be on its own drawn cells: temperatures by name, median and spread of the distances."
-    from scimlora.calibration import spread_of
-
     drawn, cal = replay(predictor.bundle, predictor.genes, 30, seed), replace(predictor.bundle.calibration)
     cells, y = align_cells(drawn, predictor.genes, "counts"), np.array([predictor.classes.index(v) for v in drawn.obs.label])
     z, frozen = predictor.embeddings(cells)
@@ -170,9 +168,9 @@ def _real(adata, label, genes, units):
     labels = obs_column(adata.obs, label)
     rows = np.flatnonzero([x is not None for x in labels])
     if not len(rows): raise InputError(f"no cell has a label in '{label}'; name another column with --label")
-    real = ad.AnnData(adata.X, obs=adata.obs[[]].copy(), var=adata.var, layers=dict(adata.layers)) if adata.raw is None else adata.copy()
-    real.obs["label"] = labels
-    return _linear(real[rows], genes, units), cl_ids(sorted(set(labels[rows])), tissue_of(adata.obs))
+    real = adata[rows].copy()
+    real.obs["label"] = labels[rows]
+    return _linear(real, genes, units), cl_ids(sorted(set(labels[rows])), tissue_of(adata.obs))
 
 # %% ../nbs/05ba_merge.ipynb #ab91146f
 def _together(sides, maps):

@@ -84,7 +84,7 @@ class Ontology:
         if a == b: return "same"
         return "ancestor" if a in self.up(b) else "descendant" if b in self.up(a) else "other"
 
-
+# %% ../nbs/00ba_ontology.ipynb #31da17d4
 @functools.lru_cache
 def load_ontology():
     """Open the table of the Cell Ontology that the package brings.

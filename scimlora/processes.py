@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from .cached import OnCells
+
 # %% ../nbs/02g_processes.ipynb #1fbbe12a
 def join_processes():
     """Join the other processes of a launch, if there are any.
@@ -50,7 +52,7 @@ class _Together(torch.autograd.Function):
     def backward(ctx, d): return d[ctx.place] * dist.get_world_size(), None, None
 
 
-class SharedEncoder:
+class SharedEncoder(OnCells):
     """Embed batches of given cells, each process its share.
 
     Parameters
@@ -82,23 +84,7 @@ class SharedEncoder:
         """
         return SharedEncoder(self.encode.over(X), self.rank, self.size)
 
-    @torch.no_grad()
-    def embed(self, batch=1024):
-        """Embed all cells.
-
-        Parameters
-        ----------
-        batch : int
-            Cells at a time.
-
-        Returns
-        -------
-        torch.Tensor, shape (n_cells, latent)
-        """
-        n = self.X.shape[0]
-        return torch.cat([self(np.arange(a, min(a + batch, n))) for a in range(0, n, batch)])
-
-
+# %% ../nbs/02g_processes.ipynb #f9635147
 def average_gradients(opt, size):
     """Replace the gradients of an optimiser's parameters by their mean over processes.
 
