@@ -449,6 +449,9 @@ def main(args=None):
         if os.environ.get("SCIMLORA_DEBUG"): raise
         code = _explain(e)
     except KeyboardInterrupt: code = _stop("interrupted", 130)
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        from scimlora.processes import leave_processes
+        leave_processes(code)
     sys.exit(code)
 
 

@@ -4,6 +4,7 @@ On a few hundred real pancreas cells (Baron et al. 2016) and a random encoder as
 """
 import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -326,6 +327,7 @@ import numpy as np, scipy.sparse as sp, torch
 from scimlora.base import Base, Encoder
 from scimlora.core import leads
 from scimlora.lora import TuneConfig, train_lora
+from scimlora.processes import leave_processes
 
 encoder = Encoder(400, (24, 20), 16)
 encoder.load_state_dict(torch.load("base.pt", weights_only=True))
@@ -333,7 +335,8 @@ base = Base(encoder.eval().requires_grad_(False), [f"G{i}" for i in range(400)])
 X, y = sp.load_npz("X.npz"), np.load("y.npy")
 t = [train_lora(base, X, y, 6, TuneConfig(**c), (X[:50], y[:50])) for c in json.load(open("configs.json"))]
 said = [int(leads()), [r.history for r in t], [sum(v.abs().sum().item() for v in r.adapter.values()) for r in t]]
-open(f"said-{os.environ['RANK']}.json", "w").write(json.dumps(said))
+with open(f"said-{os.environ['RANK']}.json", "w") as f: f.write(json.dumps(said))
+leave_processes()
 """
 
 
@@ -347,8 +350,9 @@ def test_two_processes_train_as_one_does(base, cells, tmp_path):
     torch.save(base.encoder.state_dict(), tmp_path / "base.pt")
     (tmp_path / "configs.json").write_text(json.dumps(configs))
     (tmp_path / "two.py").write_text(TWO)
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert not run.returncode, run.stderr[-2000:]
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONFAULTHANDLER": "1"})
+    assert not run.returncode, run.stderr
     said = sorted(json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1))
     assert [s[0] for s in said] == [0, 1]  # one of the two writes and speaks
     for config, *both in zip(configs, *(s[1] for s in said)):
