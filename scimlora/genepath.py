@@ -327,22 +327,52 @@ class GenePath:
         """
         return P @ self.weight + z @ self.embedding + self.bias
 
+    @cached_property
+    def _line_and_angles(self): return (1 - _ANGLES) / self.scale[0] * self.weight + _ANGLES / self.scale[1] * self.angles
+
+    def sums(self, measured=None):
+        """Return what logits are made of that is linear in the genes, but for the length of a cell's direction.
+
+        Parameters
+        ----------
+        measured : numpy.ndarray of bool, shape (n_genes,), optional
+            Genes that the file has.
+
+        Returns
+        -------
+        weights : numpy.ndarray of float32, shape (n_genes,)
+            As `directions` takes them.
+        sums : numpy.ndarray of float32, shape (n_genes, n_classes)
+            What directions are multiplied with.
+        """
+        if self.whole(measured): return self.prior, self._line_and_angles
+        weights = self.prior * measured
+        return weights, _angles(self.profile, self.level, weights) / np.float32(self._tempered((weights > 0).sum())[0])
+
+    def beside(self):
+        """Return what the frozen embedding is multiplied with, and what is added, where next to no gene is missing.
+
+        Returns
+        -------
+        weight : numpy.ndarray of float32, shape (latent, n_classes)
+        bias : numpy.ndarray of float32, shape (n_classes,)
+        """
+        return tuple((1 - _ANGLES) / self.scale[0] * v for v in (self.embedding, self.bias))
+
     def _logits(self, X, z, measured):
-        if not self.whole(measured): return self._partial(X, measured)
-        P = directions(X, self.prior)
-        angles = P @ self.angles
-        return ((1 - _ANGLES) * self.line(P, z) / self.scale[0] + _ANGLES * angles / self.scale[1]).astype(np.float64)
+        weights, sums = self.sums(measured)
+        out = (directions(X, weights) @ sums).astype(np.float64)
+        if self.whole(measured):
+            weight, bias = self.beside()
+            return out + (z @ weight + bias)
+        there = weights > 0
+        if there.sum() >= FEW_GENES: return out
+        return (out + _likelihoods(X, _log_share(self.level, there), there) / self._tempered(there.sum())[1]) / 2
 
     def _tempered(self, n):
         "Temperatures of angles and likelihoods of n genes."
         n = np.log(np.maximum(n, 1))
         return np.exp(self.scale[2] + self.scale[3] * n), np.exp(self.scale[4] + self.scale[5] * n)
-
-    def _partial(self, X, measured):
-        there = (self.prior > 0) & measured
-        weights, (t, u) = self.prior * there, self._tempered(there.sum())
-        out = (directions(X, weights) @ _angles(self.profile, self.level, weights)).astype(np.float64) / t
-        return out if there.sum() >= FEW_GENES else (out + _likelihoods(X, _log_share(self.level, there), there) / u) / 2
 
     def _listed(self, X):
         # Insulin and nothing else: of the genes listed it is all there is, of a cell's genes it is what marks a beta cell.
