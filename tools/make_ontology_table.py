@@ -5,7 +5,7 @@
     python tools/make_ontology_table.py --check       exit 1 if the table is not what would be written
 
 Needs the package `zstandard` for reading. Kept are terms under CL:0000000 (cell) that are not obsolete: id, name, exact
-synonyms, parents.
+synonyms, parents, definition.
 """
 import argparse
 import gzip
@@ -26,7 +26,7 @@ SOURCE = dict(
     file="cellxgene_ontology_guide/data/CL-ontology-v2026-03-26.json.zst", package_licence="MIT",
     table="Cell Ontology (OBO Foundry), release 2026-03-26, as CELLxGENE extracts it", table_licence="CC BY 4.0",
     cite="Diehl et al., The Cell Ontology 2016: enhanced content, modularization, and ontology interoperability, J Biomed Semantics 2016",
-    gives="terms under CL:0000000 that are not obsolete: id, name, exact synonyms, parents (is_a)")
+    gives="terms under CL:0000000 that are not obsolete: id, name, exact synonyms, parents (is_a), definition")
 ROOT = "CL:0000000"
 
 
@@ -47,20 +47,20 @@ def clean(text): return " ".join(text.replace("|", "/").split())
 
 
 def rows(terms):
-    "Yield id, name, synonyms and parents of each term under the root, by id."
+    "Yield id, name, synonyms, parents and definition of each term under the root, by id."
     for i, t in sorted(terms.items()):
         if t.get("deprecated") or (i != ROOT and ROOT not in t["ancestors"]): continue
         # The package keeps the distance to each ancestor: a parent is one edge away.
         parents = sorted(p for p, edges in t["ancestors"].items() if edges == 1)
         if i != ROOT and not parents: continue  # nuclei and cytoplasms, which only describe cells
         synonyms = sorted({clean(s) for s in t.get("synonyms", [])} - {clean(t["label"])})
-        yield i, clean(t["label"]), "|".join(synonyms), "|".join(parents)
+        yield i, clean(t["label"]), "|".join(synonyms), "|".join(parents), clean(t.get("description") or "")
 
 
 def build(folder):
     "Return the files to write: name → bytes."
     table = list(rows(fetch(folder)))
-    text = "\n".join(["id\tname\tsynonyms\tparents", *("\t".join(r) for r in table)]) + "\n"
+    text = "\n".join(["id\tname\tsynonyms\tparents\tdefinition", *("\t".join(r) for r in table)]) + "\n"
     about = SOURCE | dict(terms=len(table), made_by="tools/make_ontology_table.py")
     # mtime=0: the same bytes every time.
     return {"cell_ontology.tsv.gz": gzip.compress(text.encode(), 9, mtime=0), "source.json": (json.dumps(about, indent=1) + "\n").encode()}
