@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 os.environ.setdefault("SCIMLORA_PROGRESS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with another number of threads a base or a fit is another one
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("SCIMLORA_PROGRESS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with another number of threads a base or a fit is another one
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402

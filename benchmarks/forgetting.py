@@ -23,6 +23,7 @@ from unittest.mock import patch
 from zlib import crc32
 
 os.environ.setdefault("SCIMLORA_PROGRESS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with another number of threads a base or a fit is another one
 
 import anndata as ad  # noqa: E402
 import matplotlib  # noqa: E402

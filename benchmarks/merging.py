@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("SCIMLORA_PROGRESS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with another number of threads a base or a fit is another one
 
 import anndata as ad  # noqa: E402
 import numpy as np  # noqa: E402

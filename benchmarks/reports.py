@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("SCIMLORA_PROGRESS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with another number of threads a base or a fit is another one
 
 from PIL import Image  # noqa: E402
 

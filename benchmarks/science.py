@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("SCIMLORA_PROGRESS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with another number of threads a base or a fit is another one
 
 import matplotlib  # noqa: E402
 

@@ -11,16 +11,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-from sklearn.metrics import f1_score
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with another number of threads a base or a fit is another one
 
-from scimlora.base import Base
-from scimlora.data import align_cells, obs_column
-from scimlora.examples import baron, shared
-from scimlora.lora import TuneConfig
-from scimlora.methods import fit_method
-from scimlora.pretrain import pretrain
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+from sklearn.metrics import f1_score  # noqa: E402
+
+from scimlora.base import Base  # noqa: E402
+from scimlora.data import align_cells, obs_column  # noqa: E402
+from scimlora.examples import baron, shared  # noqa: E402
+from scimlora.lora import TuneConfig  # noqa: E402
+from scimlora.methods import fit_method  # noqa: E402
+from scimlora.pretrain import pretrain  # noqa: E402
 
 HERE = Path(__file__).parent
 ZANINI = {"CD14 Mono": "classical monocyte", "CD16 Mono": "nonclassical monocyte", "B": "B cell", "B Activated": "B cell", "NK": "NK cell",

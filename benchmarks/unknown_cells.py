@@ -9,22 +9,25 @@ has not seen the study: mini never saw Baron, the others are pretrained without 
 script.
 """
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import scipy.sparse as sp
-from scipy.special import logsumexp, softmax
-from sklearn.covariance import LedoitWolf
-from sklearn.metrics import roc_auc_score
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with another number of threads a base or a fit is another one
 
-from scimlora.base import load_base, run_layers
-from scimlora.calibration import centroid_distance, class_centroids, fit_temperature, spread_of
-from scimlora.data import align_cells, log1p_cp10k, obs_column
-from scimlora.examples import baron, shared
-from scimlora.lora import TuneConfig, adapted_layers, train_lora
-from scimlora.pretrain import pretrain
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import scipy.sparse as sp  # noqa: E402
+from scipy.special import logsumexp, softmax  # noqa: E402
+from sklearn.covariance import LedoitWolf  # noqa: E402
+from sklearn.metrics import roc_auc_score  # noqa: E402
+
+from scimlora.base import load_base, run_layers  # noqa: E402
+from scimlora.calibration import centroid_distance, class_centroids, fit_temperature, spread_of  # noqa: E402
+from scimlora.data import align_cells, log1p_cp10k, obs_column  # noqa: E402
+from scimlora.examples import baron, shared  # noqa: E402
+from scimlora.lora import TuneConfig, adapted_layers, train_lora  # noqa: E402
+from scimlora.pretrain import pretrain  # noqa: E402
 
 FOLDS, MIN_CELLS = 4, 15
 TASKS = {"Baron, library 3": (baron, "library", ["lib3"], ()), "Kang, donor 1244": (lambda: shared("pbmc_kang2018_ctrl"), "donor", ["1244"], ("kang",)),
