@@ -8,7 +8,7 @@ IN_ENV = PATH="$$PWD/$(BIN):$$PATH"
 TORCH = 2.13.0
 DEPS = settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench bench-gpu bench-large benchmark-science benchmark-panels bench-unknown bench-conformal bench-forgetting reports bench-coverage bench-share bench-merging bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
+.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench bench-gpu bench-large benchmark-science benchmark-panels bench-unknown bench-conformal bench-forgetting reports bench-coverage bench-share bench-merging bench-retrieval bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -106,6 +106,9 @@ bench-share: install-dev  ## the encoder's share and other temperatures, on held
 
 bench-merging: install-dev  ## bundles of four tissues made one, in several ways: benchmarks/MERGING.md
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/merging.py $(ARGS)
+
+bench-retrieval: install-dev  ## finding terms by words and by meaning: benchmarks/RETRIEVAL.md
+	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/retrieval.py $(ARGS)
 
 bench-settings: install-dev  ## settings on held-out cells that no benchmark reports: benchmarks/SETTINGS.csv
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/settings.py $(ARGS)
