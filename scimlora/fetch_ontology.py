@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['ONTOLOGIES', 'fetch_ontology']
 
-# %% ../nbs/02ca_fetch_ontology.ipynb #e26e66ce
+# %% ../nbs/02ca_fetch_ontology.ipynb #c3c8c2a4
 import re
-from pathlib import Path
 
 from .core import InputError, ScimloraError, atomic_path, check_output, sha256 as sha256_of
 from .fetch import download

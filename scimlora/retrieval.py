@@ -158,7 +158,7 @@ def _vectors(texts):
         with atomic_path(path) as tmp: save_file({"vectors": embed_texts(texts).astype(np.float16)}, tmp)
     return load_file(path)["vectors"]
 
-# %% ../nbs/00bc_retrieval.ipynb #cedb48b6
+# %% ../nbs/00bc_retrieval.ipynb #79ea433e
 ENGINES = ("words", "meaning", "both")
 _DEEP, _FUSE = 100, 60  # ranks that are put together; the constant of the paper
 
@@ -190,12 +190,12 @@ class Index:
         return out
 
     def _by_words(self, query):
+        "Scores of the rows; a definition counts half, as many words of it speak of something else."
         wanted = [self._at[f] for f in _features(query) if f in self._at]
-        return np.asarray(self._weights[:, wanted].sum(1)).ravel() if wanted else np.zeros(len(self.texts), np.float32)
+        return np.asarray(self._weights[:, wanted].sum(1)).ravel() * np.where(self.is_name, 1, .5)
 
     def _ranked(self, rows, hide):
-        "Terms and their scores, best first; a definition counts half, as it speaks of much else."
-        rows = np.where(self.is_name, rows, rows / 2)
+        "Terms and their scores, best first."
         if hide is not None: rows[[i for i, k in enumerate(self._keys) if k == hide]] = 0
         best = np.zeros(len(self.terms), np.float32)
         np.maximum.at(best, self.of, rows)
@@ -279,9 +279,10 @@ def search(query, k=5, kind="all", engine=None):
     """
     return _index(kind).search(query, k, engine)
 
-# %% ../nbs/00bc_retrieval.ipynb #a76756b2
+# %% ../nbs/00bc_retrieval.ipynb #bb6ff6aa
 def _phrase(label, tissue):
-    "A label with its abbreviations written out, and the tissue it is from."
+    "A label with its abbreviations written out, and the tissue it is from; nothing if the label itself is a number."
+    if not re.search("[a-z]", label.lower()): return ""
     words = [ABBREVIATIONS.get(w, w) for w in _words(label)]
     return " ".join(words + [adjective for word, adjective in TISSUES.items() if tissue and word in tissue.lower()][:1])
 

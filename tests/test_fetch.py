@@ -26,6 +26,7 @@ from scimlora import InputError, ScimloraError, examples, fetch
 from scimlora.base import BASES, Base, Encoder, load_base
 from scimlora.core import read_json, sha256
 from scimlora.data import align_cells
+from scimlora.fetch_ontology import fetch_ontology
 
 MEMBERS = ("encoder.ckpt", "gene_order.tsv", "layer_sizes.json", "label_ints.csv")
 KNN = ("annotation/labelled_kNN.bin", "annotation/reference_labels.tsv")
@@ -601,3 +602,54 @@ def test_many_cells_need_little_memory(tmp_path):
             "print(a.n_obs, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
     said = subprocess.run([sys.executable, "-c", code, tmp_path / "big.h5ad"], capture_output=True, text=True, check=True).stdout.split()
     assert said[0] == "10" and int(said[1]) < 150_000  # kilobytes
+
+
+# Ontologies -------------------------------------------------------------------------------------------------------------
+
+
+def obo(n): return ("format-version: 1.2\ndata-version: today\n\n" + "".join(f"[Term]\nid: GO:{i:07d}\nname: term {i}\n" + (f"is_a: GO:{i // 2:07d}\n" if i > 1 else "") + "\n" for i in range(1, n))).encode()
+
+
+def test_an_ontology_over_a_line_that_breaks(site, tmp_path):
+    body = site.files["/go-basic.obo"] = obo(3000)
+    site.faults["/go-basic.obo"] = [{"break": 10_000}, {"break": 1}, {"status": 503}]
+    got = fetch_ontology("go-basic.obo", tmp_path, site.url + "/go-basic.obo")["go-basic.obo"]
+    assert site.starts("/go-basic.obo") == [0, 10_000, 10_001, 10_001] and (tmp_path / "go-basic.obo").read_bytes() == body
+    assert got["terms"] == 2999 and (tmp_path / "go-basic.obo.sha256").read_text() == f"{hashlib.sha256(body).hexdigest()}  go-basic.obo\n"
+    fetch_ontology("go-basic.obo", tmp_path, site.url + "/go-basic.obo")
+    assert len(site.starts("/go-basic.obo")) == 4  # the second call asked for nothing
+
+
+def test_an_ontology_goes_on_in_the_next_call(site, monkeypatch, tmp_path):
+    monkeypatch.setattr(fetch, "TRIES", 2)
+    site.files["/cl.obo"] = obo(500)
+    site.faults["/cl.obo"] = [{"break": 5000}, {"break": 0}, {"break": 0}]
+    with pytest.raises(ScimloraError, match="run the same command again"): fetch_ontology("cl-basic.obo", tmp_path, site.url + "/cl.obo")
+    assert not (tmp_path / "cl-basic.obo").exists()
+    site.faults.clear()
+    assert fetch_ontology("cl-basic.obo", tmp_path, site.url + "/cl.obo")["cl-basic.obo"]["resumed_at"] == 5000
+
+
+@pytest.mark.parametrize("cut", [20, 500, 1003])
+def test_an_ontology_that_ends_early_without_a_word(site, tmp_path, cut):
+    site.files["/go.obo"] = obo(300)[:cut]
+    with pytest.raises(ScimloraError, match="fetch the file again"): fetch_ontology("go-basic.obo", tmp_path, site.url + "/go.obo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_altered_ontology_is_refused(site, tmp_path):
+    url = site.url + "/go.obo"
+    site.files["/go.obo"] = obo(300)
+    fetch_ontology("go-basic.obo", tmp_path, url)
+    (tmp_path / "go-basic.obo").write_bytes(obo(301))
+    with pytest.raises(InputError, match="was altered since it was fetched"): fetch_ontology("go-basic.obo", tmp_path, url)
+    (tmp_path / "go-basic.obo").unlink()
+    site.files["/go.obo"] = obo(302)
+    with pytest.raises(ScimloraError, match="not what was fetched from there before"): fetch_ontology("go-basic.obo", tmp_path, url)
+    (tmp_path / "go-basic.obo.sha256").unlink()
+    with pytest.raises(ScimloraError, match="not the SHA-256 you gave"): fetch_ontology("go-basic.obo", tmp_path, url, "0" * 64)
+    assert fetch_ontology("go-basic.obo", tmp_path, url, hashlib.sha256(obo(302)).hexdigest().upper())["go-basic.obo"]["terms"] == 301
+    for args, says in ((("mesh",), "is no ontology"), (("go", tmp_path, url), "2 files"), (("cl", tmp_path / "x", None, "12"), "no SHA-256")):
+        with pytest.raises(InputError, match=says): fetch_ontology(*args[:1], *(args[1:] or (tmp_path,)))
+    (tmp_path / "cl-basic.obo").write_text("mine")
+    with pytest.raises(InputError, match="no fetch has put it there"): fetch_ontology("cl", tmp_path)
