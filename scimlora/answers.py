@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Value', 'Units', 'MAX_GENES', 'MAX_CELLS', 'EXAMPLE', 'describe', 'answer', 'answer_each', 'Cell', 'PredictRequest',
-           'BatchRequest', 'Label', 'Prediction', 'parse']
+           'ExplainRequest', 'AskRequest', 'BatchRequest', 'Label', 'Prediction', 'parse']
 
 # %% ../nbs/05c_answers.ipynb #b0fbe5fc
 import json
@@ -110,6 +110,21 @@ class Cell(BaseModel):
 class PredictRequest(Cell):
     "One cell and what its values are."
     units: Units = _UNITS
+    model: str | None = _MODEL
+
+
+class ExplainRequest(PredictRequest):
+    "One cell, and the label to explain."
+    label: str | None = Field(None, max_length=200, description="one of /classes; what the cell is called by default")
+
+
+_QUESTION = {"question": "Which cells express CD19?"}
+
+
+class AskRequest(BaseModel):
+    "A question in words."
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": _QUESTION})
+    question: str = Field(min_length=1, max_length=500, description="about cell types, processes or genes")
     model: str | None = _MODEL
 
 

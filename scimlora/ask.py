@@ -193,7 +193,7 @@ def ask(question, predictor=None, k=2, engine=None, endpoint=None):
     for g in named[:5]: told += _of_gene(g, go, predictor, src)
     rest = " ".join(w for w in question.split() if w.strip("?,.;:()") not in named)
     # Who asks for a gene alone is told of the gene alone.
-    asked = rest if re.search(r"\w", _plain(rest)) else ""
+    asked = rest if re.search("[a-z0-9]", _plain(rest)) else ""
     cells, processes = (search(asked, k, kind, engine) if asked else [] for kind in ("cell", "process"))
     for hit in cells: told += _of_cell(hit, predictor, src)
     for hit in processes: told += _of_process(hit, go, src)

@@ -12,9 +12,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from .answers import answer
+from .ask import ask
 from .core import InputError, ScimloraError
+from .explain import explain
 from .page import Looked, grouped, look
 from .predict import Predictor, in_this_process
+from .sources import language_model
 from .uploads import KINDS, annotate_upload, examine_upload, held
 
 # %% ../nbs/06da_backends.ipynb #0ecbc610
@@ -117,6 +120,47 @@ class Local:
         """
         try: return answer(self._predictor, [cell], units)[0]
         except InputError as e: raise Trouble(sentence(e)) from None
+
+    def explain(self, cell, units="auto"):
+        """Return why a dictionary of gene → value is called what it is called, as `scimlora.explain.Explanation.to_dict` does.
+
+        Parameters
+        ----------
+        cell : dict of str to float
+            Gene → value.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What the values are.
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        Trouble
+            If the genes or values cannot be used.
+        """
+        try: return explain(self._predictor, self._predictor.read([cell], units), endpoint=language_model()).to_dict()
+        except ScimloraError as e: raise Trouble(sentence(e)) from None
+
+    def ask_in_words(self, question):
+        """Return what the ontologies and the model say to a question, as `scimlora.ask.Answer.to_dict` does.
+
+        Parameters
+        ----------
+        question : str
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        Trouble
+            If it is empty or too long.
+        """
+        try: return ask(question, self._predictor, engine="words", endpoint=language_model()).to_dict()
+        except ScimloraError as e: raise Trouble(sentence(e)) from None
 
     def findings(self, name, data, units="auto"):
         """Return the doctor's examination of a file.
@@ -239,6 +283,45 @@ class Remote:
             If the service refuses or cannot be reached.
         """
         return self._json("POST", "/predict", json={"expression": cell, "units": units})
+
+    def explain(self, cell, units="auto"):
+        """Return why a dictionary of gene → value is called what it is called.
+
+        Parameters
+        ----------
+        cell : dict of str to float
+            Gene → value.
+        units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}
+            What the values are.
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        Trouble
+            If the service refuses or cannot be reached.
+        """
+        return self._json("POST", "/explain", json={"expression": cell, "units": units})
+
+    def ask_in_words(self, question):
+        """Return what the ontologies and the service's model say to a question.
+
+        Parameters
+        ----------
+        question : str
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        Trouble
+            If the service refuses or cannot be reached.
+        """
+        return self._json("POST", "/ask", json={"question": question})
 
     def findings(self, name, data, units="auto"):
         """Return the doctor's examination of a file.

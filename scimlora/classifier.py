@@ -378,7 +378,7 @@ def _training_cells(adata, label, donor, base, min_cells, units):
 
 # %% ../nbs/05b_classifier.ipynb #8ccf7e4c
 def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_cells=1, val_share=0.2, error=0.05, baselines=True,
-         units="auto", title="", held_out=None, retention=None, retention_label="cell_type", **settings):
+         units="auto", title="", held_out=None, retention=None, retention_label="cell_type", terms=None, **settings):
     """Fine-tune adapters and a head on labelled cells. Also `Classifier.tune`.
 
     Parameters
@@ -413,6 +413,8 @@ def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_
         `scimlora.choice.choose_strength`.
     retention_label : str
         Their column of `obs`.
+    terms : dict of str to str, optional
+        Cell Ontology id of labels, from `scimlora.ontology.read_term_map`; wins over names and synonyms.
     **settings
         Fields of `TuneConfig`, such as `epochs=5`.
 
@@ -434,7 +436,7 @@ def tune(adata, label, donor=None, base="mini", config=None, preset="auto", min_
     y = np.array([classes.index(n) for n in names])
     others = (None, None) if retention is None else (align_cells(retention, base.genes), obs_column(retention.obs, retention_label))
     made = _tune(base, cells, y, names, classes, groups, config, preset, error, val_share, baselines, label, donor, notes + cells.notes, title, held_out, others)
-    made.bundle.manifest["labels"] = cl_ids(classes, tissue_of(adata.obs))
+    made.bundle.manifest["labels"] = cl_ids(classes, tissue_of(adata.obs), terms)
     return Classifier(made)
 
 

@@ -23,11 +23,13 @@ from pydantic import BaseModel, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.datastructures import UploadFile
 
-from .answers import BatchRequest, PredictRequest, Prediction, Units, answer, answer_each, parse
+from .answers import AskRequest, BatchRequest, ExplainRequest, PredictRequest, Prediction, Units, answer, answer_each, parse
+from .ask import ask
 from .batching import Batcher, Busy
 from .bundle import Bundle
 from .core import InputError, versions
 from .data import align_cells
+from .explain import explain
 from .files import read_cells
 from .guard import open_untrusted
 from .keys import Door, Keys
@@ -36,6 +38,7 @@ from .logs import Metrics, RequestLog
 from .models import Models
 from .predict import Predictor
 from .rows import ahead
+from .sources import language_model
 from .uploads import Shares, annotate_upload, examine_upload, held
 
 # %% ../nbs/06_serve.ipynb #c7e0cb02
@@ -97,6 +100,9 @@ def settings_of(settings=None, **given):
         raise InputError(f"setting {'.'.join(map(str, where))} (SCIMLORA_{str(where[0]).upper()}): {what}") from None
 
 # %% ../nbs/06_serve.ipynb #73de02fe
+_THOUGHTS = 8  # explanations that may wait
+
+
 class Service:
     """Hold what answers requests.
 
@@ -108,7 +114,7 @@ class Service:
 
     def __init__(self, models, settings):
         self.models, self.settings, self.metrics, self.ending, self.uploads = models, settings, Metrics(), False, 0
-        self.shares = Shares()
+        self.shares, self.thinking, self.thoughts, self.language_model = Shares(), asyncio.Semaphore(1), 0, language_model()
         self.batcher = Batcher(self._run, settings.batch, settings.queue, settings.deadline, self.metrics.batch)
 
     def _run(self, items):
@@ -167,6 +173,31 @@ class Service:
         self.uploads += 1
         try: yield
         finally: self.uploads -= 1
+
+    async def think(self, do, *args, **kw):
+        """Do what takes a second or more beside the model's thread, one at a time.
+
+        Parameters
+        ----------
+        do : callable
+        *args, **kw
+            What it is called with.
+
+        Returns
+        -------
+        object
+            What it returns.
+
+        Raises
+        ------
+        Busy
+            If eight others are waiting.
+        """
+        if self.thoughts > _THOUGHTS: raise Busy("other explanations are being made", 5)
+        self.thoughts += 1
+        try:
+            async with self.thinking: return await run_in_threadpool(do, *args, **kw)
+        finally: self.thoughts -= 1
 
     def numbers(self):
         "Set the gauges and return the metrics."
@@ -250,6 +281,24 @@ def _predicting(app, service):
 def _json(value, status=200, **headers):
     # ASCII escapes: a lone surrogate in a gene's name is no UTF-8. A response that is ready is not validated once more.
     return Response(json.dumps(value, allow_nan=False), status, headers, "application/json")
+
+# %% ../nbs/06_serve.ipynb #163bd262
+def _explaining(app, service):
+    @app.post("/explain", summary="Why a cell is called what it is called, with sources", openapi_extra=_body(ExplainRequest), responses=_HEAVY)
+    async def explain_cell(request: Request):
+        r = await _read_json(request, ExplainRequest)
+        service.know(request, r.model, 1)
+        predictor = await service.batcher.call(service.models.get, r.model)
+        cell = await run_in_threadpool(predictor.read, [r.expression], r.units)
+        e = await service.think(explain, predictor, cell, r.label, endpoint=service.language_model)
+        return _json(e.to_dict())
+
+    @app.post("/ask", summary="A question about cell types, processes and genes, answered with sources", openapi_extra=_body(AskRequest), responses=_HEAVY)
+    async def ask_in_words(request: Request):
+        r = await _read_json(request, AskRequest)
+        service.know(request, r.model)
+        predictor = await service.batcher.call(service.models.get, r.model)
+        return _json((await service.think(ask, r.question, predictor, engine="words", endpoint=service.language_model)).to_dict())
 
 # %% ../nbs/06_serve.ipynb #46ae69a9
 _ROWS = 1000  # cells of a piece of the answer
@@ -381,7 +430,7 @@ def _documentation(app):
     def openapi():
         if app.openapi_schema is None:
             made, schemas = made_openapi(), {}
-            for m in (PredictRequest, BatchRequest):
+            for m in (PredictRequest, BatchRequest, ExplainRequest, AskRequest):
                 schema = m.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas |= schema.pop("$defs", {}) | {m.__name__: schema}
             made["components"]["schemas"] |= schemas
@@ -432,7 +481,7 @@ def create_app(bundle, base=None, settings=None, more=None, **given):
                   docs_url="/docs" if settings.docs else None, redoc_url=None)
     app.state.service = service
     for add in (_error_handlers, _documentation): add(app)
-    for routes in (_about, _predicting, _annotating): routes(app, service)
+    for routes in (_about, _predicting, _explaining, _annotating): routes(app, service)
     _wrap(app, service)
     return app
 

@@ -160,7 +160,7 @@ def errors(at):
 
 # Which model --------------------------------------------------------------------------------------------------------
 
-PAGES = ["Type genes", "Annotate a file", "How good is it", "About the model"]
+PAGES = ["Type genes", "Annotate a file", "Ask in words", "How good is it", "About the model"]
 
 
 def test_it_starts_with_nothing_configured(blood):
@@ -262,6 +262,25 @@ def test_an_answer_leaves_its_link(blood, page):
 def test_links_that_lead_nowhere(page):
     at = page(link=dict(page="nonsense", example="<b>", genes="NOPE1:3"))
     assert [t.label for t in at.tabs] == PAGES and len(errors(at)) == 1
+
+
+def test_why(blood):
+    "Sentences with sources and bars of genes, which go when something else is asked."
+    at = press(ask(blood, B_CELL), "Why?")
+    assert not errors(at) and "called B cell" in said(at) and at.expander[-1].label.startswith("Sources (") and r"\[F1\]" in said(at)
+    assert at.session_state["why"]["label"] == "B cell"
+    at = ask(at, "PPBP 6.5\nPF4 5")
+    assert "why" not in at.session_state and not errors(at)
+
+
+@pytest.mark.parametrize("question, words", [("Which cells express MS4A1?", "B cell expresses MS4A1 most"), ("insulin secretion", "GO:0030073"), ("<b>x</b> $y$ qqqq", "nearest")])
+def test_a_question_in_words(blood, question, words):
+    blood.text_input(key="question").set_value(question)
+    at = press(blood, "Ask")
+    assert words in said(at) and not errors(at)
+
+
+def test_no_question_is_told_so(blood): assert "question is empty" in errors(press(blood, "Ask"))[0]
 
 
 # Annotate a file ----------------------------------------------------------------------------------------------------
@@ -379,6 +398,13 @@ def test_the_service_says_what_the_bundle_says(page, service, cells_file):
         assert [b.label for b in at.download_button] == ["Table (csv)", "Annotated file (h5ad)"] and not errors(at)
     there, here = seen
     assert there[0] == here[0] and there[1] == here[1] and there[2].equals(here[2]) and there[3] == here[3]
+
+
+def test_the_service_explains_as_the_bundle_does(page, service):
+    a, b = (press(ask(page(**where), "GCG 9\nTTR 7\nCHGA 5"), "Why?") for where in (dict(API_URL=service(log=False)[0]), dict(SCIMLORA_BUNDLE="mini")))
+    assert a.session_state["why"]["sentences"] == b.session_state["why"]["sentences"] and not errors(a)
+    a.text_input(key="question").set_value("Which cells make glucagon?")
+    assert "glucagon" in said(press(a, "Ask")) and not errors(a)
 
 
 def test_what_the_service_refuses_is_said(page, service, other_cells, tmp_path):

@@ -8,6 +8,7 @@ the package brings. A link may say what to show: ?page=Annotate+a+file, ?example
 import contextlib
 import logging
 import os
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ UNITS = {"auto": "whatever the numbers look like", "counts": "counts", "cpm": "s
 METHODS = {"majority": "always the commonest type", "base_knn": "base model, nearest cells", "base_linear": "base model, linear head",
            "base_linear_bn_recalibrated": "base model, recalibrated", "logreg_genes": "logistic regression on genes", "lora": "adapted encoder alone",
            "gene_path": "genes alone"}
-PAGES = ("Type genes", "Annotate a file", "How good is it", "About the model")
+PAGES = ("Type genes", "Annotate a file", "Ask in words", "How good is it", "About the model")
 COLOURS = {"cell_type": "label of each cell", "majority": "label of its cluster", "confidence": "confidence"}
 
 
@@ -132,9 +133,12 @@ def type_genes(backend, model):
         st.session_state.pop("typed", None)
         with in_plain_words(), st.spinner("Asking the model …"):
             st.session_state.typed = backend.ask(parse_genes(text), units), text
+            st.session_state.pop("why", None)
             if word := genes_to_link(text): st.query_params["genes"] = word
             else: st.query_params.pop("genes", None)
-    if "typed" in st.session_state: show_answer(*st.session_state.typed, text)
+    if "typed" in st.session_state:
+        show_answer(*st.session_state.typed, text)
+        explain_answer(backend, st.session_state.typed[1], units)
 
 
 def show_answer(answer, asked, text):
@@ -149,6 +153,45 @@ def show_answer(answer, asked, text):
     st.caption(sentences([f"{used:,} of {used + unknown:,} genes used", f"values read as {UNITS.get(answer['units'], answer['units'])}",
                           *answer["warnings"]]))
     if st.query_params.get("genes"): st.caption("The address of this page is now a link to this answer.")
+
+
+def explain_answer(backend, asked, units):
+    "Say why the cell was called so, when it is asked for: the genes, what they are known for, and the sources."
+    if st.button("Why?", icon=":material/quiz:", help="Which genes carried this, what they are known for, and where that is written."):
+        with in_plain_words(), st.spinner("Taking genes away and looking them up …"): st.session_state.why = backend.explain(parse_genes(asked), units)
+    if "why" not in st.session_state: return
+    why = st.session_state.why
+    told(why)
+    st.altair_chart(charts.genes_chart(why["genes"]), alt="Bars: what each gene gave to the label, in nats of log-odds")
+    st.caption("A nat is a factor of 2.7 in the odds of the label. Genes that are absent count too where the label's cells lack them.")
+
+
+def told(said):
+    "Show sentences, and the sources that they cite."
+    st.markdown(plain(" ".join(said["sentences"])))
+    listed = [f"- **[{plain(k)}]** {plain(v)}" for k, v in said["sources"].items() if any(k in s for s in said["sentences"])]
+    if listed:
+        with st.expander(f"Sources ({len(listed)})"): st.markdown("\n".join(listed))
+    if said["notes"]: st.caption(plain(sentences(said["notes"])))
+
+
+def plain(text):
+    "Text in which nothing is taken for Markdown."
+    return re.sub(r"([\\`*_{}\[\]<>#$~|])", r"\\\1", text)
+
+
+# Ask in words ---------------------------------------------------------------------------------------------------------
+
+def ask_in_words(backend):
+    "Ask for a question about cell types, processes or genes, and show what the ontologies and the model say."
+    with st.form("words", border=False):
+        question = st.text_input("A question about cell types, processes or genes", key="question", max_chars=500, placeholder="Which cells express CD19?")
+        asked = st.form_submit_button("Ask", type="primary")
+    st.caption("Answered from the Cell Ontology, the Gene Ontology and this model's mean expression, each sentence with its source.")
+    if asked:
+        st.session_state.pop("said", None)
+        with in_plain_words(), st.spinner("Looking it up …"): st.session_state.said = backend.ask_in_words(question)
+    if "said" in st.session_state: told(st.session_state.said)
 
 
 # Annotate a file ------------------------------------------------------------------------------------------------------
@@ -361,9 +404,10 @@ def main():
         backend = find_backend()
         model = model_of(backend)
         st.markdown(f"Model: **{model.get('title', 'scimlora bundle')}** · {len(model['labels'])} cell types · runs {backend.where}")
-        genes, file, good, card = st.tabs(list(PAGES), key="page", on_change="rerun", bind="query-params")
+        genes, file, words, good, card = st.tabs(list(PAGES), key="page", on_change="rerun", bind="query-params")
         with genes, in_plain_words(): type_genes(backend, model)
         with file, in_plain_words(): annotate_file(backend)
+        with words, in_plain_words(): ask_in_words(backend)
         with good, in_plain_words(): how_good(model)
         with card, in_plain_words(): about(model)
 

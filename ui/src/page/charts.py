@@ -33,6 +33,15 @@ def predictions_chart(predictions, believed):
     return _share_bars(t.cell_type, t.confidence, "confidence", STATES["assigned" if believed else "unassigned"])
 
 
+def genes_chart(genes):
+    "Bars of what each gene gave to a label; `genes` is role → rows with gene and gave, as an explanation has them."
+    rows = [(g["gene"] + " (absent)" * (role == "absent"), g["gave"], role) for role, n in (("for", 10), ("absent", 3), ("against", 3)) for g in genes.get(role, [])[:n]]
+    t = pd.DataFrame(rows, columns=["gene", "nats", "speaks"]).replace({"speaks": {"absent": "for"}}).sort_values("nats", ascending=False)
+    colour = alt.Color("speaks:N", title=None, legend=None, scale=alt.Scale(domain=["for", "against"], range=[OKABE_ITO["blue"], STATES["unassigned"]]))
+    return alt.Chart(t, height=alt.Step(22)).mark_bar(size=15).encode(x=alt.X("nats:Q", title="given to the label (nats)"), y=_names("gene", t.gene.tolist()), color=colour,
+                                                                      tooltip=["gene", alt.Tooltip("nats:Q", format="+.2f")])
+
+
 def comparison_chart(scores):
     "Bars of macro-F1 of this model and of what it is compared with; `scores` is name → macro-F1, this model first."
     return _share_bars(scores, scores.values(), "macro-F1", OKABE_ITO["blue"], "-x")
