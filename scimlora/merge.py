@@ -6,33 +6,39 @@
 __all__ = ['replay', 'join_labels', 'merge']
 
 # %% ../nbs/05ba_merge.ipynb #307074e1
+import datetime
 from dataclasses import replace
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
+from scipy.special import log_softmax, logsumexp
 
-from .calibration import fit_temperature, spread_of
+from .calibration import class_centroids, conformal_thresholds, fit_temperature, spread_of
 from .classifier import Classifier, tissue_of
 from .core import InputError
-from .data import align_cells, obs_column
+from .data import Cells, align_cells, obs_column
+from .genepath import _ANGLES, _features, class_profiles, directions
+from .heads import Head
 from .ontology import cl_ids, find_term
 from .predict import Predictor
+from .splits import folds
 
 # %% ../nbs/05ba_merge.ipynb #c177b96c
 _DEPTH = 1000, 8000  # counts of a drawn cell
 
 
-def _draw(share, n, rng):
+def _draw(share, n, rng, depth):
     "n cells of one profile, as rows of counts."
     genes = np.flatnonzero(share)
-    p, depth = share[genes] / share[genes].sum(), np.exp(rng.uniform(*np.log(_DEPTH), n)).astype(int)
+    p, depth = share[genes] / share[genes].sum(), np.exp(rng.uniform(*np.log(depth), n)).astype(int)
     counts = sp.csr_matrix(np.stack([rng.multinomial(d, p) for d in depth]).astype(np.float32))
     return sp.csr_matrix((counts.data, genes[counts.indices], counts.indptr), (n, len(share)))
 
 
-def replay(bundle, genes, per_class=60, seed=0):
+def replay(bundle, genes, per_class=60, seed=0, depth=_DEPTH):
     """Draw cells from the profiles of a bundle's types.
 
     Parameters
@@ -43,6 +49,8 @@ def replay(bundle, genes, per_class=60, seed=0):
     per_class : int
         Cells of each type.
     seed : int
+    depth : tuple of int
+        Fewest and most counts of a cell.
 
     Returns
     -------
@@ -61,7 +69,7 @@ def replay(bundle, genes, per_class=60, seed=0):
     path = bundle.genepath
     if path is None: raise InputError(f"the bundle '{bundle.manifest.get('title', '')}' keeps no profiles of its types (it answers by the encoder alone): tune it again with --preset auto")
     rng, level, there = np.random.default_rng(seed), path.level.astype(np.float64), path.prior > 0
-    X = sp.vstack([_draw(level[:, c] * there, per_class, rng) for c in range(len(bundle.classes))], "csr")
+    X = sp.vstack([_draw(level[:, c] * there, per_class, rng, depth) for c in range(len(bundle.classes))], "csr")
     obs = pd.DataFrame({"label": np.repeat(bundle.classes, per_class)}, index=[f"drawn_{i}" for i in range(X.shape[0])])
     return ad.AnnData(X[:, there], obs=obs, var=pd.DataFrame(index=np.array(genes)[there]))
 
@@ -181,16 +189,160 @@ def _together(sides, maps):
     return ad.concat(sides, join="outer", fill_value=0)
 
 
-def _record(parts, joined, real):
+def _record(parts, notes):
     "What the manifest says of where a merged bundle comes from."
+    return dict(kind="none", column="", groups={}, notes=notes,
+                merged=[dict(title=p.bundle.manifest.get("title") or "a bundle", types=len(p.classes), created=p.bundle.manifest.get("created")) for p in parts])
+
+
+def _origin(parts, real):
     names = [p.bundle.manifest.get("title") or "a bundle" for p in parts]
     more = f", and from {real:,} real cells" if real else ""
-    return dict(kind="none", column="", groups={}, merged=[dict(title=n, types=len(p.classes), created=p.bundle.manifest.get("created")) for n, p in zip(names, parts)],
-                notes=[f"merged from {', '.join(names)}: trained on cells drawn from the profiles of their types{more}; its numbers on held-out cells are of such cells, measure it on real ones", *joined])
+    return f"merged from {', '.join(names)}: trained on cells drawn from the profiles of their types{more}; its numbers on held-out cells are of such cells, measure it on real ones"
+
+# %% ../nbs/05ba_merge.ipynb #1a650c15
+_LOOSE = 300.0  # inverse strength of the new lines' penalty
+
+
+def _span(F):
+    "Rows in coordinates of the space that they span, of mean square 1, and what brings weights and biases there back to the columns."
+    mean = F.mean(0)
+    D = F - mean
+    values, vectors = np.linalg.eigh((D @ D.T).astype(np.float64))
+    scale, keep = max(values.mean(), 1e-12), values > values.max() * 1e-8
+    values, vectors = values[keep], vectors[:, keep]
+
+    def back(t):
+        W = D.T @ (vectors / np.sqrt(values * scale) @ t[:-1])
+        return W, t[-1] - mean @ W
+
+    return vectors * np.sqrt(values / scale), back
+
+
+def _lines(F, known, y):
+    """Lines for new types beside answers that stay.
+
+    `known` is the log-sum-exp of the old types' logits of each row of F, y is 0 for old types and then 1, 2 … Returns weights,
+    (n_features, n_new), and biases.
+    """
+    from scipy.optimize import minimize  # predicting needs none
+
+    U, back = _span(F)
+    size, target, rows = (U.shape[1] + 1, y.max()), np.eye(y.max() + 1)[y], np.arange(len(y))
+    share = _LOOSE * len(y) / target.sum(0)[y] / target.shape[1]  # as much for all old types together as for each new one
+
+    def loss(t):
+        t = t.reshape(size)
+        logp = log_softmax(np.column_stack([known, U @ t[:-1] + t[-1]]), axis=1)
+        d = (share[:, None] * (np.exp(logp) - target))[:, 1:]
+        return (t[:-1]**2).sum() / 2 - (share * logp[rows, y]).sum(), np.vstack([U.T @ d + t[:-1], d.sum(0)]).ravel()
+
+    start = np.zeros(size)
+    start[-1] = np.median(known)
+    return back(minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options=dict(maxiter=500)).x.reshape(size))
+
+# %% ../nbs/05ba_merge.ipynb #8c935a5b
+def _beside(old, new):
+    "An array with more columns, of its own kind of numbers."
+    return np.concatenate([old, np.asarray(new, old.dtype)], axis=-1)
+
+
+def _longer_path(path, X, frozen, y, share):
+    "The gene path with a line and profiles for each new type."
+    P, n = directions(X, path.prior), X.shape[1]
+    F, a, b = _features(P, frozen, share)
+    W, bias = _lines(F.toarray(), logsumexp(path.line(P, frozen), axis=1), y)
+    profile, level = class_profiles(X[y > 0], y[y > 0] - 1, y.max())
+    return replace(path, weight=_beside(path.weight, W[:n] * a), embedding=_beside(path.embedding, W[n:] * b), bias=_beside(path.bias, bias),
+                   profile=_beside(path.profile, profile), level=_beside(path.level, level))
+
+
+def _longer_head(weight, bias):
+    head = Head(weight.shape[1], len(bias))
+    head.linear.load_state_dict({k: torch.from_numpy(v.astype(np.float32)) for k, v in (("weight", weight), ("bias", bias))})
+    return head.requires_grad_(False).eval()
+
+
+def _grown(p, cells, y, names):
+    "A predictor's bundle with new types; y is 0 for cells of old ones, then 1 for the first of `names`."
+    b, (z, frozen) = p.bundle, p.embeddings(cells)
+    W, bias = _lines(z.astype(np.float64) * z.shape[1]**0.5, logsumexp(p.paths(cells, z, frozen)[0], axis=1), y)
+    own = y > 0
+    path = _longer_path(b.genepath, cells.X, frozen, y, b.manifest.get("choice", {}).get("embedding_share", 0.0))
+    middles = class_centroids(y[own] - 1, len(names), z[own], frozen[own])
+    return _held_back(replace(b, classes=[*b.classes, *names], genepath=path, head=_longer_head(np.vstack([p._W.T, W.T]), np.append(p._b, bias)),
+                              centroids=np.vstack([b.centroids, middles[0]]), base_centroids=np.vstack([b.base_centroids, middles[1]])), len(names))
+
+# %% ../nbs/05ba_merge.ipynb #8c173817
+_ODDS = 1.0  # logarithm of the odds that a new type needs
+
+
+def _held_back(b, n):
+    "The bundle whose last n types need higher odds, in both paths alike."
+    cal, path = b.calibration, b.genepath
+    bias, weight, head = path.bias.copy(), b.head.linear.weight.numpy(), b.head.linear.bias.numpy().copy()
+    bias[-n:] -= _ODDS * cal.gene_temperature * path.scale[0] / (1 - _ANGLES)
+    head[-n:] -= _ODDS * cal.encoder_temperature
+    return replace(b, genepath=replace(path, bias=bias), head=_longer_head(weight, head))
+
+
+def _longer_sets(p, cells, y, names):
+    "Thresholds of the prediction sets with new types, whose cells are held out in turns."
+    own, proba, truth = np.flatnonzero(y), [np.zeros((0, len(p.classes) + len(names)))], []
+    for train, held in folds(y[own]):
+        rows = np.concatenate([np.flatnonzero(y == 0), own[train]])
+        proba.append(Predictor(_grown(p, cells[rows], y[rows], names), p.base).predict(cells[own[held]]).proba)
+        truth += (y[own[held]] + len(p.classes) - 1).tolist()
+    proba, truth = np.concatenate(proba), np.array(truth, int)
+    return {miss: [*old, *conformal_thresholds(proba, truth, miss=float(miss))[-len(names):].tolist()] for miss, old in p.bundle.calibration.conformal.items()}
+
+# %% ../nbs/05ba_merge.ipynb #9843def8
+_SHALLOW = 300, 8000  # counts of a drawn cell beside new types
+
+
+def _new_cells(p, real, per_class, seed):
+    "Cells drawn of the old types over the genes that the new cells have, then the new cells; the index of each one's type, 0 for old ones, and names."
+    drawn, names = replay(p.bundle, p.genes, per_class, seed, _SHALLOW), sorted(set(real.obs.label))
+    single = [c for c in names if (real.obs.label == c).sum() < 2]
+    if single: raise InputError(f"type '{single[0]}' has one cell; at least 2 are needed: give more of it, or leave it out")
+    # A gene that the new cells' file lacks would speak against them.
+    both = drawn.var_names[drawn.var_names.isin(real.var_names)]
+    if not len(both): raise InputError("the cells have no gene that the bundle was tuned on")
+    sides = align_cells(drawn[:, both], p.genes, "counts"), align_cells(real[:, both], p.genes, "cpm")
+    y = np.append(np.zeros(len(sides[0]), int), [names.index(v) + 1 for v in real.obs.label])
+    return Cells(sp.vstack([s.X for s in sides], "csr"), None, p.genes), y, names, drawn.n_vars - len(both)
+
+
+def _grow(p, real, meaning, per_class, title, seed, notes):
+    "A bundle with the types of real cells beside its own, which keep their answers."
+    cells, y, names, lacking = _new_cells(p, real, per_class, seed)
+    if lacking: notes = [*notes, f"{lacking:,} of the bundle's genes are not in the new cells' file, and say nothing of the new types"]
+    b, sets, m = _grown(p, cells, y, names), _longer_sets(p, cells, y, names), p.bundle.manifest
+    counts = {c: int((y == i + 1).sum()) for i, c in enumerate(names)}
+    notes = [f"{', '.join(names)}: added to {m.get('title') or 'a bundle'} from {real.n_obs:,} real cells; its numbers on held-out cells are of the time before, measure it on real ones", *notes]
+    training = m["training"] | dict(cells=m["training"]["cells"] + real.n_obs, per_class=m["training"]["per_class"] | counts)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    manifest = {k: v for k, v in m.items() if k != "metrics_on"} | dict(title=title or m.get("title") or "merged", labels={c: meaning.get(c) for c in b.classes}, training=training, metrics={}, created=now, split=_record([p], notes))
+    return Classifier(Predictor(replace(b, manifest=manifest, calibration=replace(b.calibration, conformal=sets), baselines={}, baselines_info={}, path=None), p.base))
+
+# %% ../nbs/05ba_merge.ipynb #04fda570
+def _tune_anew(parts, maps, notes, real, per_class, title, seed, settings):
+    "A bundle tuned on cells drawn from the parts' profiles, and on real ones."
+    genes = parts[0].base.genes
+    sides = [*(_linear(replay(p.bundle, genes, per_class, seed + i), genes, "counts") for i, p in enumerate(parts)), *real]
+    together = _together(sides, maps)
+    lacking = together.n_vars - len(set.intersection(*(set(side.var_names) for side in sides)))
+    if lacking: notes = [*notes, f"{lacking:,} genes are not in every one of them, and count as zero where they are missing"]
+    record = _record(parts, [_origin(parts, sum(r.n_obs for r in real)), *notes])
+    clf = Classifier.tune(together, "label", base=parts[0].base, baselines=False, units="cpm", seed=seed, title=title or "merged", held_out=record, **settings)
+    clf.bundle.calibration = _calibrated(clf.bundle.calibration, parts, maps[:len(parts)], clf.classes_, seed)
+    return clf
 
 # %% ../nbs/05ba_merge.ipynb #cb80248d
-def merge(bundles, base=None, cells=None, label=None, per_class=60, units="auto", title="", seed=0, **settings):
+def merge(bundles, base=None, cells=None, label=None, per_class=60, units="auto", title="", seed=0, anew=False, **settings):
     """Merge bundles of one base into one bundle over all their types.
+
+    One bundle that gets cells of further types only keeps its answers among the old ones; else a new bundle is tuned.
 
     Parameters
     ----------
@@ -209,8 +361,10 @@ def merge(bundles, base=None, cells=None, label=None, per_class=60, units="auto"
     title : str
         For the model card.
     seed : int
+    anew : bool
+        Tune a new bundle in any case.
     **settings
-        Fields of `TuneConfig`.
+        Fields of `TuneConfig`; with any of them, a new bundle is tuned.
 
     Returns
     -------
@@ -224,18 +378,13 @@ def merge(bundles, base=None, cells=None, label=None, per_class=60, units="auto"
     if len(bundles) + (cells is not None) < 2: raise InputError("one bundle and no cells: give a second bundle, or cells to learn with --cells")
     if cells is not None and label is None: raise InputError("which column of the cells holds their types? name it with --label")
     parts = _opened(bundles, base)
-    genes, sides, terms = parts[0].base.genes, [], [_terms(p.bundle) for p in parts]
+    real, terms = [], [_terms(p.bundle) for p in parts]
     if cells is not None:
-        real, meaning = _real(cells, label, genes, units)
-        sides, terms = [real], [*terms, meaning]
-    maps, joined = join_labels(terms)
-    sides = [*(_linear(replay(p.bundle, genes, per_class, seed + i), genes, "counts") for i, p in enumerate(parts)), *sides]
-    together = _together(sides, maps)
-    lacking = together.n_vars - len(set.intersection(*(set(side.var_names) for side in sides)))
-    if lacking: joined.append(f"{lacking:,} genes are not in every one of them, and count as zero where they are missing")
-    clf = Classifier.tune(together, "label", base=parts[0].base, baselines=False, units="cpm", seed=seed, title=title or "merged",
-                          held_out=_record(parts, joined, 0 if cells is None else sides[-1].n_obs), **settings)
+        found, own = _real(cells, label, parts[0].base.genes, units)
+        real, terms = [found], [*terms, own]
+    maps, notes = join_labels(terms)
     meaning = {name: labels[label] for labels, names in zip(terms, maps) for label, name in names.items() if labels[label]}
+    if len(parts) == 1 and not anew and not settings and not set(maps[-1].values()) & set(parts[0].classes): return _grow(parts[0], *real, meaning, per_class, title, seed, notes)
+    clf = _tune_anew(parts, maps, notes, real, per_class, title, seed, settings)
     clf.bundle.manifest["labels"] = {c: meaning.get(c) for c in clf.classes_}
-    clf.bundle.calibration = _calibrated(clf.bundle.calibration, parts, maps[:len(parts)], clf.classes_, seed)
     return clf

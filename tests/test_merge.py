@@ -61,9 +61,57 @@ def test_real_cells_are_not_taken_for_strangers(merged, other_cells):
 def test_a_type_that_comes_later(halves, baron_cells, other_cells):
     few = baron_cells[(baron_cells.obs.cell_type == "ductal").to_numpy()].copy()
     more = merge([halves[0]], cells=few, label="cell_type", epochs=3)
-    assert more.classes_ == ["acinar", "alpha", "beta", "ductal"]
+    assert more.classes_ == ["acinar", "alpha", "beta", "ductal"] and more.bundle.manifest["training"]["cells"] == 3 * 60 + few.n_obs
     known = other_cells[other_cells.obs.cell_type.isin(more.classes_).to_numpy()]
     assert right(more, known) > 0.9 and right(more, known[(known.obs.cell_type == "ductal").to_numpy()]) > 0.8
+
+
+@pytest.fixture(scope="module")
+def longer(halves, baron_cells):
+    "The first half, told of two more types; and the first half."
+    few = baron_cells[baron_cells.obs.cell_type.isin(["ductal", "delta"]).to_numpy()].copy()
+    return merge(halves[:1], cells=few, label="cell_type"), Classifier.load(halves[0])
+
+
+def test_old_answers_stand_still(longer, other_cells):
+    "A cell keeps its label or gets a new type's, and the odds among old types are what they were."
+    more, before = longer
+    assert more.classes_ == ["acinar", "alpha", "beta", "delta", "ductal"]
+    was, now = before.predict(other_cells), more.predict(other_cells)
+    assert ((was == now) | np.isin(now, ["delta", "ductal"])).all() and right(more, other_cells[other_cells.obs.cell_type.isin(more.classes_).to_numpy()]) > 0.9
+    odds = more.predict_proba(other_cells)[:, :3]
+    assert np.allclose(odds / odds.sum(1, keepdims=True), before.predict_proba(other_cells), atol=1e-6)
+
+
+def test_a_bundle_with_further_types_is_a_bundle(longer, other_cells, tmp_path):
+    more, before = longer
+    again = Classifier.load(more.save(tmp_path / "longer"))
+    assert np.abs(again.predict_proba(other_cells) - more.predict_proba(other_cells)).max() < 1e-6
+    m = again.bundle.manifest
+    assert m["labels"]["ductal"] and m["training"]["per_class"].keys() == set(more.classes_) and "measure it on real ones" in m["split"]["notes"][0] and not m["metrics"]
+    for miss, thresholds in before.bundle.calibration.conformal.items(): assert again.bundle.calibration.conformal[miss][:3] == thresholds
+    assert before.bundle.genepath.level.shape[1] == 3 and len(before.classes_) == 3, "the old bundle is as it was"
+
+
+def test_a_bundle_can_grow_again_and_be_merged(longer, baron_cells, other_cells):
+    few = baron_cells[(baron_cells.obs.cell_type == "gamma").to_numpy()].copy()
+    six = merge([longer[0]], cells=few, label="cell_type")
+    assert len(six.classes_) == 6 and right(six, other_cells) > 0.85
+    typed = six.predictor.predict(six.predictor.read([{"GCG": 8.0, "TTR": 7.0}, {"PPY": 9.0, "SST": 0.5}]))
+    assert typed.label.tolist() == ["alpha", "gamma"]
+
+
+def test_genes_that_the_new_cells_lack_say_nothing(halves, baron_cells, other_cells):
+    few = baron_cells[(baron_cells.obs.cell_type == "ductal").to_numpy()].copy()[:, np.arange(0, baron_cells.n_vars, 2)]
+    more = merge(halves[:1], cells=few, label="cell_type")
+    assert any("say nothing of the new types" in n for n in more.bundle.manifest["split"]["notes"])
+    known = other_cells[other_cells.obs.cell_type.isin(more.classes_).to_numpy()]
+    assert right(more, known) > 0.85
+
+
+def test_one_cell_is_no_type(halves, baron_cells):
+    few = baron_cells[np.flatnonzero(baron_cells.obs.cell_type == "ductal")[:1]].copy()
+    with pytest.raises(InputError, match="'ductal' has one cell"): merge(halves[:1], cells=few, label="cell_type")
 
 
 def test_drawn_cells_have_the_profiles_mean(halves):
