@@ -193,7 +193,7 @@ def ask(question, predictor=None, k=2, engine=None, endpoint=None):
     for g in named[:5]: told += _of_gene(g, go, predictor, src)
     rest = " ".join(w for w in question.split() if w.strip("?,.;:()") not in named)
     # Who asks for a gene alone is told of the gene alone.
-    asked = rest if re.search("[a-z0-9]", _plain(rest)) else ""
+    asked = _plain(rest) if re.search("[a-z0-9]", _plain(rest)) else ""
     cells, processes = (search(asked, k, kind, engine) if asked else [] for kind in ("cell", "process"))
     for hit in cells: told += _of_cell(hit, predictor, src)
     for hit in processes: told += _of_process(hit, go, src)
@@ -203,7 +203,7 @@ def ask(question, predictor=None, k=2, engine=None, endpoint=None):
     return Answer(question, sentences, src.texts, cells + processes, named, notes)
 
 
-_EMPTY = set("a an and are at by cell cells do does express expressed expresses expressing for from gene genes have how in is it marker markers me of on or show tell that the their them there these they this to type types what where which who why with".split())
+_EMPTY = set("a an and are at by cell cells do does express expressed expresses expressing for from gene genes have how in is it marker make makes markers me of on or show tell that the their them there these they this to type types what where which who why with".split())
 
 
 def _plain(text): return " ".join(w for w in re.findall(r"[\w-]+", text.lower()) if w not in _EMPTY)

@@ -213,3 +213,32 @@ def test_a_bundle_of_one_class_has_nothing_to_explain(predictor, cells):
     one = Predictor("blood")
     one.classes = one.classes[:1]
     with pytest.raises(InputError, match="one class only"): attribute(one, cells[:1])
+
+
+# Labels and terms ---------------------------------------------------------------------------------------------------------------
+
+
+def test_terms_wait_for_a_confirmation(cli, baron_cells, tmp_path):
+    "A label that no name places gets candidates, which count once their status says so: in the bundle that is tuned with them."
+    cells = baron_cells.copy()
+    cells.obs["kind"] = cells.obs.cell_type.astype(str).replace({"delta": "somato makers"})
+    cells.obs["tissue"] = "pancreas"
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    rc, out, err = call(cli, "terms", tmp_path / "cells.h5ad", "--label", "kind", "--out", tmp_path / "map.csv", "--engine", "words")
+    assert rc == 0 and "5 of 6 labels have a term" in out, err
+    t = pd.read_csv(tmp_path / "map.csv")
+    assert (t[t.label != "somato makers"].status == "confirmed").all() and (t[t.label == "somato makers"].status == "suggested").all()
+    tune = ["tune", tmp_path / "cells.h5ad", "--label", "kind", "--epochs", "1", "--no-baselines", "--terms", tmp_path / "map.csv"]
+    rc, out, err = call(cli, *tune, "--out", tmp_path / "a")
+    assert rc == 0 and "not used until their status is confirmed: somato makers" in err
+    t.loc[t[t.label == "somato makers"].index[0], ["id", "status"]] = "CL:0000173", "confirmed"
+    t.to_csv(tmp_path / "map.csv", index=False)
+    rc, out, err = call(cli, *tune, "--out", tmp_path / "b")
+    terms = [json.loads((tmp_path / b / "manifest.json").read_text())["labels"] for b in "ab"]
+    assert rc == 0 and terms[0]["somato makers"] is None and terms[1]["somato makers"] == "CL:0000173" and terms[0]["beta"] == terms[1]["beta"] == "CL:0000169"
+
+
+def test_fetch_ontology_refuses(cli, tmp_path):
+    for args, words in ((["cheese"], "is no ontology"), (["go", "--sha256", "ab"], "is 2 files"), (["cl", "--sha256", "ab"], "64 hexadecimal digits")):
+        rc, out, err = call(cli, "fetch", "ontology", *args, "--out", tmp_path / "o")
+        assert rc == 2 and words in err and err.count("\n") == 1
