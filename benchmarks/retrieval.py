@@ -93,7 +93,8 @@ def page(t):
     lines = [[name, str(n[name]), engine, *(f"{100 * r.loc[(name, engine), k]:.1f}" for k in AT), f"± {100 * margin(r.loc[(name, engine), 5], n[name]):.1f}"] for name, engine in r.index]
     return "\n".join(["# Finding terms", "", "Made by `make bench-retrieval`, which says how in the head of `retrieval.py`. Recall × 100: in how many questions the right term is among the first 1, 3, 5, 10; "
                       "± is half the 95 % interval of recall@5.", "", "![Recall by depth](RETRIEVAL.png)", "",
-                      *markdown(["questions", "n", "engine", *(f"recall@{k}" for k in AT), "at 5"], lines), "", "## Made on", "", f"- {machine()}"]) + "\n"
+                      *markdown(["questions", "n", "engine", *(f"recall@{k}" for k in AT), "at 5"], lines), "",
+                      "The synonyms are the curators' words, and the labels are few: neither is a reader's free question. No engine's constants were chosen by this table.", "", "## Made on", "", f"- {machine()}"]) + "\n"
 
 
 def report(folder):
