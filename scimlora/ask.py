@@ -197,6 +197,7 @@ def ask(question, predictor=None, k=2, engine=None, endpoint=None):
     cells, processes = (search(asked, k, kind, engine) if asked else [] for kind in ("cell", "process"))
     for hit in cells: told += _of_cell(hit, predictor, src)
     for hit in processes: told += _of_process(hit, go, src)
+    told = [s[0].upper() + s[1:] if s.split(" ", 1)[0].islower() else s for s in told]  # not mRNA
     sentences, notes = rewrite(told, src, endpoint)
     if asked: notes = ["terms are the nearest that were found, best first; whether they are what was meant is for the reader to say", *notes]
     if not told: notes.append("nothing was found; name a gene by its symbol, or describe a cell type or a process")

@@ -72,7 +72,7 @@ def terms(file: Annotated[Path, typer.Argument(help="file of labelled cells")], 
           out: Annotated[Path, typer.Option("--out", help="ends in .csv or .tsv: label, id, name, status, score, how")],
           tissue: Annotated[Optional[str], typer.Option("--tissue", help="where the cells are from; by default what the file says")] = None,
           k: Annotated[int, typer.Option("-k", min=1, help="candidates for a label that has no term")] = 3,
-          engine: Annotated[Optional[str], typer.Option("--engine", help="words, meaning or both; by default both where the extra search is installed")] = None):
+          engine: Annotated[Optional[str], typer.Option("--engine", help="words, meaning or both; by default words; the others need the extra search")] = None):
     "Map labels to the Cell Ontology: what is certain, and candidates that wait for a confirmation."
     from scimlora.classifier import tissue_of
     from scimlora.data import obs_column
@@ -347,7 +347,7 @@ def explain(bundle: BundleArg, file: Annotated[Path, typer.Argument(help="file o
 @app.command("ask")
 def ask_command(question: Annotated[str, typer.Argument(help="in words, in quotation marks", metavar="QUESTION")],
                 bundle: Annotated[Optional[str], typer.Option("--bundle", help="a bundle whose profiles are asked too")] = None,
-                engine: Annotated[Optional[str], typer.Option("--engine", help="words, meaning or both; by default both where the extra search is installed")] = None,
+                engine: Annotated[Optional[str], typer.Option("--engine", help="words, meaning or both; by default words; the others need the extra search")] = None,
                 as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False, base: BaseOpt = None):
     "Answer a question about cell types, processes and genes, with sources."
     from scimlora.ask import ask

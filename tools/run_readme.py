@@ -164,7 +164,7 @@ BLOCKS = {
     "from scimlora import Base, Classifier": in_python,
     "scimlora doctor cells.h5ad                                        # what is in it, what would be done, what is wrong": leaves(
         "data/train.h5ad", "data/test.h5ad", "runs/mine/bundle/manifest.json", "runs/mine/metrics.json", "runs/mine/forgetting.csv", "runs/mine/errors.json",
-        "runs/mine/Design_Analysis_Report.html", "labels.csv", "runs/both/bundle/manifest.json"),
+        "runs/mine/Design_Analysis_Report.html", "labels.csv", "runs/why/explanation.json", "runs/both/bundle/manifest.json"),
     "scimlora serve runs/demo/bundle": serves,
     PANCREAS: is_told("beta"),
     "pip install -c constraints.txt -e '.[hub]'                        # what the Hub needs": leaves("bundle/manifest.json"),

@@ -168,7 +168,7 @@ def explain_answer(backend, asked, units):
 
 def told(said):
     "Show sentences, and the sources that they cite."
-    st.markdown(plain(" ".join(said["sentences"])))
+    st.markdown("\n".join(f"- {plain(s)}" for s in said["sentences"]))
     listed = [f"- **[{plain(k)}]** {plain(v)}" for k, v in said["sources"].items() if any(k in s for s in said["sentences"])]
     if listed:
         with st.expander(f"Sources ({len(listed)})"): st.markdown("\n".join(listed))
