@@ -5,9 +5,16 @@
 Pancreas (Baron, a library held out), blood (Kang, two donors), liver (Aizarani, half of the cells), brain (Darmanis, two donors). The base was
 pretrained without these studies. Each tissue gets a bundle of its own, with at most 200 cells a type. Then one classifier over all types: merged by
 `scimlora.merge` from cells drawn from the bundles' profiles; a fine-tune on all real cells together; each cell asked of the bundle that it is least unlike, or
-of all of them by how unlike it is; and sums of the adapters (mean, sum, TIES, DARE), each with a head fitted on the same drawn cells. The sums
-concern the encoder, so they are compared by the encoder alone. Strangers are cell lines and skin (Pollen). A type is also taught
-later, by 25 real cells, to a bundle that lacks it. Writes MERGING.csv, MERGING.md and MERGING.png.
+of all of them by how unlike it is; and sums of the adapters (mean, sum, SVD, TIES, DARE), each with a head fitted on the same drawn cells. Adapters laid
+side by side (PEFT's cat) compute what their sum does, exactly. With 5 or 25 real cells a type, the adapters' weights in the sum are learned, for each adapter or
+for each adapter and layer, and the head is fitted on drawn and real cells together; beside that, merging with the same real cells. What concerns the encoder
+only is compared by the encoder alone; strangers are then told by the distance to the nearest type in its embedding. Strangers are cell lines and skin (Pollen).
+
+What the merged adapter forgets is measured as in `forgetting.py`: on a base that was also kept from a quarter of the other studies' cells, the bundles are
+tuned and merged again, and the merged adapter is faded in.
+
+A type is also taught later, by 25 real cells, to a bundle that lacks it. How that is done was chosen in `merging_designs.py`, on other cells.
+Writes MERGING.csv, MERGING_KEPT.csv, MERGING_LATER.csv, MERGING_TRIED.csv, MERGING.md and two pictures.
 """
 import argparse
 import os
@@ -21,18 +28,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # with another number of threads 
 import anndata as ad  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
+import scipy.sparse as sp  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import f1_score, roc_auc_score  # noqa: E402
 
+from forgetting import Bases as BasesThatKeep  # noqa: E402
+from merging_designs import CELLS, lines as design_lines, tried  # noqa: E402
 from scimlora.base import fold, run_layers  # noqa: E402
-from scimlora.calibration import ece  # noqa: E402
+from scimlora.calibration import centroid_distance, class_means, ece  # noqa: E402
 from scimlora.classifier import Classifier  # noqa: E402
 from scimlora.data import align_cells  # noqa: E402
-from scimlora.evaluation import COLOURS, tuned_logreg  # noqa: E402
+from scimlora.evaluation import COLOURS, score, tuned_logreg  # noqa: E402
 from scimlora.examples import baron, pollen, shared  # noqa: E402
-from scimlora.lora import adapter_deltas  # noqa: E402
+from scimlora.forgetting import forgetting  # noqa: E402
+from scimlora.lora import adapted_layers, adapter_deltas  # noqa: E402
 from scimlora.merge import merge, replay  # noqa: E402
+from scimlora.predict import Predictor  # noqa: E402
 from suite.report import markdown  # noqa: E402
 from suite.store import machine  # noqa: E402
 from suite.tasks import Bases  # noqa: E402
@@ -41,6 +54,7 @@ HERE = Path(__file__).parent
 WITHOUT = ("kang", "aizarani", "darmanis")
 TISSUES = ("pancreas", "blood", "liver", "brain")
 MOST = 200  # training cells of a type
+FEW = (5, 25)  # real cells of a type that weights are learned from
 
 
 def split(a, test, least):
@@ -62,10 +76,10 @@ def tissues():
     return sides
 
 
-def some(a, seed):
-    "At most MOST cells a type."
+def some(a, seed, most=MOST):
+    "At most so many cells a type."
     rng, y = np.random.default_rng(seed), a.obs.label.to_numpy()
-    return a[np.sort(np.concatenate([rng.permutation(np.flatnonzero(y == c))[:MOST] for c in np.unique(y)]))].copy()
+    return a[np.sort(np.concatenate([rng.permutation(np.flatnonzero(y == c))[:most] for c in np.unique(y)]))].copy()
 
 
 def unlike(clf, cells):
@@ -131,26 +145,107 @@ def dare(deltas, rng, drop=0.5):
     return sum(d * (rng.random(d.shape) >= drop) / (1 - drop) for d in deltas)
 
 
-def summed(test, parts, base, seed):
-    "Adapters added up, with a head on drawn cells; the encoder alone."
-    own = [{k: v.numpy() for k, v in adapter_deltas(p.bundle.adapter_config, p.bundle.adapter, base.encoder).items()} for p in parts.values()]
-    rng = np.random.default_rng(seed)
-    ways = {"no adapter": lambda d: 0 * d[0], "mean of adapters": lambda d: np.mean(d, axis=0), "sum of adapters": sum, "TIES": ties, "DARE": lambda d: dare(d, rng)}
-    drawn = [replay(p.bundle, base.genes, 60, seed + i) for i, p in enumerate(parts.values())]
-    X = [align_cells(d, base.genes, "counts").X for d in drawn]
-    labels = np.concatenate([d.obs.label.to_numpy() for d in drawn])
-    classes, y = np.unique(labels, return_inverse=True)
-    for way, add in ways.items():
-        layers = fold(base.encoder, {name: torch.from_numpy(np.asarray(add([d[name] for d in own]), np.float64)) for name in own[0]})
-        embed = lambda Z: run_layers(layers, Z) * base.latent ** 0.5
-        W, b, _ = tuned_logreg(np.vstack([embed(x) for x in X]), y, None)
-        yield test.row(f"encoder alone, {way}", seed, classes[np.vstack([embed(c.X) @ W.T + b for c in test.cells]).argmax(1)])
+def svd(deltas, rank):
+    "The sum, cut to the rank of one adapter."
+    u, size, v = np.linalg.svd(sum(deltas), full_matrices=False)
+    return u[:, :rank] * size[:rank] @ v[:rank]
+
+
+def encoder_row(test, way, seed, embed, classes, logits, centroids):
+    "Metrics of an encoder and its head, without a gene path."
+    z, strange = (np.vstack([embed(c) for c in cells]) for cells in (test.cells, [test.strangers]))
+    return test.row(f"encoder alone, {way}", seed, classes[logits(z).argmax(1)], strange=(centroid_distance(z, centroids), centroid_distance(strange, centroids)))
 
 
 def encoder_alone(test, way, seed, clf):
     p = clf.predictor
-    logits = np.vstack([p.paths(c, *p.embeddings(c))[0] for c in test.cells])
-    return test.row(f"encoder alone, {way}", seed, np.array(clf.classes_, dtype=object)[logits.argmax(1)])
+    return encoder_row(test, way, seed, p.embed, np.array(clf.classes_, dtype=object), lambda z: z * z.shape[1] ** 0.5 @ p._W + p._b, p.bundle.centroids)
+
+
+def with_head(test, way, seed, base, deltas, X, y, classes, C):
+    "Metrics of a sum of adapters, and a head fitted on given cells with a penalty of 1 / C."
+    layers, root = fold(base.encoder, {k: torch.from_numpy(np.asarray(d, np.float64)) for k, d in deltas.items()}), base.latent ** 0.5
+    z = run_layers(layers, X)
+    m = LogisticRegression(C=C, max_iter=1000).fit(z * root, y)
+    return encoder_row(test, way, seed, lambda c: run_layers(layers, c.X), classes, lambda z: m.decision_function(z * root), class_means(z, y, len(classes)))
+
+
+def own_deltas(parts, base):
+    "What each bundle's adapter adds to each layer."
+    return [{k: v.numpy() for k, v in adapter_deltas(p.bundle.adapter_config, p.bundle.adapter, base.encoder).items()} for p in parts.values()]
+
+
+def weighted(deltas, weights): return {k: sum(w * d[k] for w, d in zip(ws, deltas)) for k, ws in zip(deltas[0], weights)}
+
+
+def drawn_cells(parts, base, seed):
+    "Cells drawn of all bundles' types, their labels."
+    drawn = [replay(p.bundle, base.genes, 60, seed + i) for i, p in enumerate(parts.values())]
+    return sp.vstack([align_cells(d, base.genes, "counts").X for d in drawn], "csr"), np.concatenate([d.obs.label.to_numpy() for d in drawn])
+
+
+def summed(test, parts, base, drawn, C, seed):
+    "Adapters added up, with a head on drawn cells."
+    own, rng = own_deltas(parts, base), np.random.default_rng(seed)
+    rank = next(iter(parts.values())).bundle.adapter_config["r"]
+    ways = {"no adapter": lambda d: 0 * d[0], "mean of adapters": lambda d: np.mean(d, axis=0), "sum of adapters (cat)": sum, "SVD of the sum": lambda d: svd(d, rank),
+            "TIES": ties, "DARE": lambda d: dare(d, rng)}
+    classes, y = np.unique(drawn[1], return_inverse=True)
+    for way, add in ways.items(): yield with_head(test, way, seed, base, {k: add([d[k] for d in own]) for k in own[0]}, drawn[0], y, classes, C)
+
+
+def learned_weights(base, deltas, X, y, n_classes, by_layer, seed, steps=200):
+    "Weights of adapters in their sum, (n_layers, n_adapters), by gradient on the cross-entropy of a head over all types."
+    torch.manual_seed(seed)
+    plain = fold(base.encoder)
+    moved = [fold(base.encoder, {k: torch.from_numpy(v) for k, v in d.items()}) for d in deltas]
+    W, b, slope = zip(*((*(torch.from_numpy(np.array(v, np.float32)) for v in (l.weight, l.bias, l.slope)),) for l in plain))
+    D = [[torch.from_numpy(m[i].weight) - W[i] for m in moved] for i in range(len(plain))]
+    first = torch.stack([torch.from_numpy(np.asarray(X @ w.numpy())) for w in (W[0], *D[0])])  # of given cells they never change
+    share = torch.full((len(plain) if by_layer else 1, len(deltas)), 1 / len(deltas), requires_grad=True)
+    head = torch.nn.Linear(base.latent, n_classes)
+    opt, y = torch.optim.Adam([dict(params=[share], lr=0.02), dict(params=head.parameters(), lr=0.02)]), torch.from_numpy(y)
+    for _ in range(steps):
+        a = share.expand(len(plain), -1)
+        h = first[0] + torch.einsum("k,kno->no", a[0], first[1:]) + b[0]
+        for i in range(1, len(plain)):
+            h = torch.where(h > 0, h, h * slope[i - 1])
+            h = h @ W[i] + sum(w * (h @ d) for w, d in zip(a[i], D[i])) + b[i]
+        loss = torch.nn.functional.cross_entropy(head(torch.nn.functional.normalize(h) * base.latent ** 0.5), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return share.detach().expand(len(plain), -1).numpy()
+
+
+def learned(test, parts, train, base, drawn, C, seed):
+    "Weights of the adapters learned from a few real cells; and the mean, and merging, with the same cells."
+    own, (drawn, labels) = own_deltas(parts, base), drawn
+    mean = np.full((len(own[0]), len(own)), 1 / len(own))
+    for n in FEW:
+        few = ad.concat([some(a, seed, n) for a in train.values()], join="outer", fill_value=0)
+        R, cells = align_cells(few, base.genes).X, f"{n} real cells a type"
+        classes, y = np.unique(np.append(labels, few.obs.label), return_inverse=True)
+        X, real = sp.vstack([drawn, R], "csr"), y[len(labels):]
+        yield with_head(test, f"mean of adapters, {cells}", seed, base, weighted(own, mean), X, y, classes, C)
+        for by_layer in (False, True):
+            w = learned_weights(base, own, R, real, len(classes), by_layer, seed)
+            yield with_head(test, f"learned weights{' by layer' if by_layer else ''}, {cells}", seed, base, weighted(own, w), X, y, classes, C) | dict(weights=" ".join(f"{v:.2f}" for v in w.ravel()))
+        merged = merge([*parts.values()], cells=few, label="label", seed=seed)
+        yield test.whole(f"merged, {cells}", seed, merged)
+        yield encoder_alone(test, f"merged, {cells}", seed, merged)
+
+
+def kept(sides, base, cells, seed):
+    "What the base's own labels lose and what the task gains while a merged adapter is faded in."
+    parts = [Classifier.tune(some(a, seed), "label", base=base, baselines=False, seed=seed, title=t) for t, (a, _) in sides.items()]
+    p = merge(parts, seed=seed).predictor
+    test = ad.concat([t for _, t in sides.values()], join="outer", fill_value=0)
+    target = align_cells(test, base.genes), test.obs.label.to_numpy(object)
+    curve = forgetting(p, align_cells(cells, base.genes).X, cells.obs.cell_type.to_numpy(str), target)
+    alone = Predictor(replace(p.bundle, genepath=None), base)
+    curve["encoder_macro_f1"] = [score(target[1], alone.proba(target[0], z, z), alone.classes)["macro_f1"] for z in (run_layers(adapted_layers(base.encoder, p.bundle.adapter_config, p.bundle.adapter, a), target[0].X) for a in curve.alpha)]
+    return [dict(seed=seed, cells=cells.n_obs, labels=cells.obs.cell_type.nunique()) | r for r in curve.to_dict("records")]
 
 
 def taught_later(sides, base, seed):
@@ -161,15 +256,17 @@ def taught_later(sides, base, seed):
             rng = np.random.default_rng(seed)
             few = train[rng.permutation(np.flatnonzero(train.obs.label == kind))[:25]]
             before = Classifier.tune(rest, "label", base=base, baselines=False, seed=seed)
-            after = merge([before], cells=few, label="label", seed=seed)
+            after, anew = (merge([before], cells=few, label="label", seed=seed, anew=a) for a in (False, True))
             real = Classifier.tune(ad.concat([rest, few]), "label", base=base, baselines=False, seed=seed)
             truth, old = test.obs.label.to_numpy(), [c for c in before.classes_ if c in set(test.obs.label)]
-            said = {name: c.predict(test) for name, c in (("after", after), ("real", real))}
-            known = np.isin(truth, old)
+            said = {name: c.predict(test) for name, c in (("after", after), ("anew", anew), ("real", real))}
+            known, was = np.isin(truth, old), before.predict(test)
             f1 = lambda y, s: f1_score(y, s, average=None, labels=old, zero_division=0).mean()
             # Before, the new type's cells are strangers; the old types are scored on their own cells, then as now.
-            row = dict(tissue=tissue, type=kind, seed=seed, old_before=f1(truth[known], before.predict(test[known])), old_after=f1(truth[known], said["after"][known]))
-            for name, s in said.items(): row |= {f"old_{name}_all": f1(truth, s), f"new_{name}": f1_score(truth == kind, s == kind)}
+            row = dict(tissue=tissue, type=kind, seed=seed, old_before=f1(truth[known], was[known]))
+            for name, s in said.items():
+                row |= {f"old_{name}": f1(truth[known], s[known]), f"old_{name}_all": f1(truth, s), f"new_{name}": f1_score(truth == kind, s == kind),
+                        f"to_new_{name}": (s == kind)[known].mean(), f"to_old_{name}": ((s != was) & (s != kind))[known].mean()}
             yield row
 
 
@@ -187,7 +284,10 @@ def measured(sides, base, seed):
     yield test.whole("one fine-tune on all real cells", seed, together)
     yield encoder_alone(test, "merged", seed, merged)
     yield encoder_alone(test, "one fine-tune on all real cells", seed, together)
-    yield from summed(test, parts, base, seed)
+    drawn = drawn_cells(parts, base, seed)
+    C = tuned_logreg(base.embed(drawn[0]) * base.latent ** 0.5, np.unique(drawn[1], return_inverse=True)[1], None)[2]  # one penalty for all heads
+    yield from summed(test, parts, base, drawn, C, seed)
+    yield from learned(test, parts, train, base, drawn, C, seed)
 
 
 def figure(t):
@@ -197,7 +297,7 @@ def figure(t):
     ax = fig.subplots()
     for i, w in enumerate(order):
         f1 = 100 * t[t.way == w].macro_f1
-        colour = COLOURS[1] if w == "merged" else COLOURS[0] if not w.startswith("encoder") else ".6"
+        colour = COLOURS[1] if w == "merged" else ".6" if w.startswith("encoder") else COLOURS[0]
         ax.scatter(f1, [i] * len(f1), color=colour, s=22)
         ax.plot([f1.mean()] * 2, [i - 0.3, i + 0.3], color=colour, lw=2)
     ax.set(yticks=range(len(order)), yticklabels=order, xlabel="macro-F1 × 100 over the types of four tissues")
@@ -205,55 +305,123 @@ def figure(t):
     return fig
 
 
-def page(t, later):
-    "MERGING.md as text."
-    spread = lambda v, scale=100, digits=1: "–" if v.isna().all() else f"{scale * v.mean():.{digits}f} ± {scale * v.std():.{digits}f}"
+def kept_figure(t):
+    "What is kept of the base's labels, and what the merged types get, by the adapter's strength; a thin line a seed, a thick one their mean."
+    fig = Figure(figsize=(8.6, 3.2), layout="constrained")
+    panels = [("the base's own labels", [("knn", "by neighbours"), ("linear", "by a line")]), ("the merged types", [("encoder_macro_f1", "encoder alone, macro-F1"), ("target_macro_f1", "whole answer, macro-F1")])]
+    for ax, (title, shown) in zip(fig.subplots(1, 2), panels):
+        for i, (k, name) in enumerate(shown):
+            for _, g in t.groupby("seed"): ax.plot(g.alpha, 100 * g[k], color=COLOURS[i], lw=0.6, alpha=0.6)
+            m = 100 * t.groupby("alpha")[k].mean()
+            ax.plot(m.index, m, "os"[i] + "-", color=COLOURS[i], ms=5, label=name)
+        ax.set(title=title, xlabel="strength of the merged adapter (0: base)", ylabel="accuracy × 100" if shown[0][0] == "knn" else "macro-F1 × 100", xticks=sorted(set(t.alpha)))
+        ax.grid(axis="y", alpha=.3)
+        ax.legend(frameon=False, fontsize=9)
+    return fig
+
+
+def spread(v, scale=100, digits=1): return "–" if v.isna().all() else f"{scale * v.mean():.{digits}f} ± {scale * v.std():.{digits}f}"
+
+
+def way_lines(t):
+    "What merging costs, in words; then a line of the table for each way."
+    f1 = 100 * t.groupby("way").macro_f1.mean()
+    best, alone = f1["merged"], {w: v for w, v in f1.items() if w.startswith("encoder alone") and "fine-tune" not in w}
+    sums = {w.removeprefix("encoder alone, "): v for w, v in alone.items() if "real cells" not in w and "merged" not in w and "no adapter" not in w}
+    top = max(sums, key=sums.get)
+    yield f"- Merged without a real cell: {best:.1f}, {best - f1['one fine-tune on all real cells']:+.1f} against one fine-tune on all real cells, {best - f1['each asked of its own tissue' + chr(39) + 's bundle']:+.1f} against each tissue's own bundle where the tissue is known."
+    yield f"- Asking the bundle that a cell is least unlike: {f1['each asked of the bundle it is least unlike']:.1f}."
+    yield f"- By the encoder alone, merging gives {f1['encoder alone, merged']:.1f}; the best sum of adapters ({top}) {sums[top]:.1f}. *cat* computes what the sum does, exactly, at the rank of all together; *SVD* is that sum at the rank of one adapter."
+    for real in (f"{n} real cells a type" for n in FEW):
+        learned = {w.removeprefix("encoder alone, ").split(",")[0]: v for w, v in alone.items() if "learned" in w and w.endswith(f" {real}")}
+        spread_of = t[t.way == f"encoder alone, merged, {real}"].macro_f1.std() * 100
+        yield (f"- With {real}, by the encoder alone: {' and '.join(f'{w} {v:.1f}' for w, v in learned.items())}, the plain mean of the adapters with the same cells in its head {f1[f'encoder alone, mean of adapters, {real}']:.1f}, "
+               f"merging with the same cells {f1[f'encoder alone, merged, {real}']:.1f} (± {spread_of:.1f} over draws), and by its whole answer {f1[f'merged, {real}']:.1f}.")
+
+
+def way_table(t):
     head = ["way", "macro-F1", "accuracy", "called another tissue", *TISSUES, "ECE", "strangers, AUROC", "unassigned", "strangers unassigned"]
     columns = ["macro_f1", "accuracy", "other_tissue", *TISSUES, "ece", "auroc", "unassigned", "strangers_unassigned"]
-    lines = [[w, *(spread(g[c], 1, 3) if c == "ece" else spread(g[c]) for c in columns)] for w, g in t.groupby("way", sort=False)]
-    f1 = t.groupby("way").macro_f1.mean() * 100
-    best, all_cells = f1["merged"], f1["one fine-tune on all real cells"]
-    d, real = 100 * (later.old_after - later.old_before), 100 * (later.old_after_all - later.old_real_all)
+    return markdown(head, [[w, *(spread(g[c], 1, 3) if c == "ece" else spread(g[c]) for c in columns)] for w, g in t.groupby("way", sort=False)])
+
+
+def kept_lines(t):
+    "The retention curve of the merged adapter."
+    t = t.assign(kept=(t.knn + t.linear) / 2)
+    m = 100 * t.groupby("alpha")[["knn", "linear", "kept", "encoder_macro_f1", "target_macro_f1"]].mean()
+    change = m.kept - m.kept[0]
+    mild = change[change >= -1].index.max()
+    yield from ("## What the merged adapter forgets", "", f"{t.cells.max():,} cells held out of pretraining, of {t.labels.max()} of the base's own labels; *kept* by neighbours and by a line as in `FORGETTING.md`, means of {t.seed.nunique()} draws.", "",
+                f"- At full strength, accuracy on the base's own labels changes by {change[1]:+.1f} points; the encoder alone gains {m.encoder_macro_f1[1] - m.encoder_macro_f1[0]:+.1f} on the merged types, the whole answer {m.target_macro_f1[1] - m.target_macro_f1[0]:+.1f} (the head is that of full strength).",
+                f"- The greatest strength at which no more than a point is lost is {mild:g}; there, the whole answer is at {m.target_macro_f1[mild]:.1f}.", "", "![Kept and gained by strength](MERGING_KEPT.png)", "")
+    yield from markdown(["strength", "by neighbours", "by a line", "change", "macro-F1 of the encoder alone", "macro-F1"], [[f"{a:g}", f"{r.knn:.1f}", f"{r.linear:.1f}", f"{change[a]:+.1f}", f"{r.encoder_macro_f1:.1f}", f"{r.target_macro_f1:.1f}"] for a, r in m.iterrows()])
+
+
+def later_lines(t):
+    "What old types lose when one comes later."
+    change = lambda name: 100 * (t[f"old_{name}"] - t.old_before)
+    by = pd.DataFrame({name: change(name) for name in ("after", "real")}).groupby([t.tissue, t.type]).mean()
+    worst = by.after.idxmin()
+    d, anew, real = change("after"), change("anew"), 100 * (t.old_after_all - t.old_real_all)
+    yield from ("## A type that comes later", "", "By 25 real cells, to a bundle that gets no cell of its old types again; beside a bundle tuned anew on drawn cells and the new ones, and a fine-tune that has all real cells. F1 × 100, mean over the old types and of the new one.", "",
+                f"- The old types, on their own cells: {d.mean():+.1f} points on average, {d.min():+.1f} at worst (wanted: within 1 point); within it in {(d >= -1).sum()} of {len(d)}. Tuned anew: {anew.mean():+.1f}, {anew.min():+.1f}, {(anew >= -1).sum()}; with all real cells: {change('real').mean():+.1f}, {change('real').min():+.1f}, {(change('real') >= -1).sum()}.",
+                f"- Where they go: {100 * t.to_new_after.mean():.1f} % of the old types' cells are now called the new type and {100 * t.to_old_after.mean():.1f} % change from one old type to another; tuned anew {100 * t.to_new_anew.mean():.1f} % and {100 * t.to_old_anew.mean():.1f} %.",
+                f"- Most is lost beside {worst[1].split(': ', 1)[1]} of {worst[0]}: {by.after[worst]:+.1f}, and {by.real[worst]:+.1f} with all real cells: types that are like the new one have it beside them now.",
+                f"- The old types, on all cells, against a fine-tune that has all of their real cells: {real.mean():+.1f} points on average, {real.min():+.1f} at worst.",
+                f"- The new type: {100 * t.new_after.mean():.1f}; tuned anew {100 * t.new_anew.mean():.1f}, with all real cells {100 * t.new_real.mean():.1f}.", "")
+    yield from markdown(["tissue", "type", "old types before", "after", "tuned anew", "with the real ones", "the new type", "tuned anew", "with the real ones"],
+                        [[tissue, kind.split(": ", 1)[1], *(spread(g[c]) for c in ("old_before", "old_after", "old_anew", "old_real", "new_after", "new_anew", "new_real"))] for (tissue, kind), g in t.groupby(["tissue", "type"], sort=False)])
+
+
+def tried_lines(t):
+    "What the design was chosen by."
+    yield from ("### What was tried", "", f"On {t.task.nunique()} other sets of cells (`merging_designs.py`), {len(t[['task', 'type']].drop_duplicates())} types in all, {CELLS} cells each, on a draw of their own. *Anew*: on drawn and new cells; *old answers*: drawn cells are to get the old bundle's probabilities (learning without forgetting); *shallow*: drawn with as few counts as poor cells have; *held back*: the odds that a new type needs.", "")
+    yield from markdown(["way", "old types, change", "at worst", "within 1 point", "of their cells called the new type, %", "changed among old types, %", "F1 of the new type"], [*design_lines(t)])
+
+
+def page(t, later, kept, tried):
+    "MERGING.md as text."
     text = ["# Merging bundles", "", f"Made by `make bench-merging`, which says how in the head of `merging.py`; {t.seed.nunique()} draws of training cells, means ± standard deviations, × 100 but for ECE. "
-            "A tissue's column is macro-F1 over its types on its own test cells, with all types to choose from.", "",
-            f"- Merged without a real cell: {best:.1f}, {best - all_cells:+.1f} against one fine-tune on all real cells, {best - f1['each asked of its own tissue' + chr(39) + 's bundle']:+.1f} against each tissue's own bundle where the tissue is known.",
-            f"- Asking the bundle that a cell is least unlike: {f1['each asked of the bundle it is least unlike']:.1f}.", "", "![By way](MERGING.png)", "", *markdown(head, lines), "",
-            "## A type that comes later", "", "By 25 real cells, to a bundle that gets no cell of its old types again; beside a fine-tune that has them all. F1 × 100, mean over the old types and of the new one.", "",
-            f"- The old types, on their own cells: {d.mean():+.1f} points on average, {d.min():+.1f} at worst (wanted: within 1 point); within it in {(d >= -1).sum()} of {len(d)}. Some of that no method can keep: types close to the new one now have it beside them.",
-            f"- The old types, on all cells, against a fine-tune that has all of their real cells: {real.mean():+.1f} points on average, {real.min():+.1f} at worst; within 1 point in {(real >= -1).sum()} of {len(real)}.",
-            f"- The new type, against the same: {100 * (later.new_after - later.new_real).mean():+.1f} points on average, {100 * (later.new_after - later.new_real).min():+.1f} at worst.", "",
-            *markdown(["tissue", "type", "old types before", "after", "on all cells, after", "on all cells, with the real ones", "the new type", "with the real ones"],
-                      [[tissue, kind.split(": ", 1)[1], *(spread(g[c]) for c in ("old_before", "old_after", "old_after_all", "old_real_all", "new_after", "new_real"))] for (tissue, kind), g in later.groupby(["tissue", "type"], sort=False)]),
-            "", "## Made on", "", f"- {machine()}"]
+            "A tissue's column is macro-F1 over its types on its own test cells, with all types to choose from.", "", *way_lines(t), "", "![By way](MERGING.png)", "", *way_table(t), "",
+            *kept_lines(kept), "", *later_lines(later), "", *tried_lines(tried), "", "## Made on", "", f"- {machine()}"]
     return "\n".join(text) + "\n"
 
 
+TABLES = dict(ways="MERGING", later="MERGING_LATER", kept="MERGING_KEPT", tried="MERGING_TRIED")
+
+
 def report(folder):
-    "Write MERGING.md and MERGING.png from the tables."
-    t, later = (pd.read_csv(folder / f"MERGING{name}.csv") for name in ("", "_LATER"))
-    (folder / "MERGING.md").write_text(page(t, later), encoding="utf-8")
-    figure(t).savefig(folder / "MERGING.png", dpi=110, metadata={"Software": None})
+    "Write MERGING.md and the pictures from the tables."
+    t = {k: pd.read_csv(folder / f"{name}.csv") for k, name in TABLES.items()}
+    (folder / "MERGING.md").write_text(page(t["ways"], t["later"], t["kept"], t["tried"]), encoding="utf-8")
+    for name, fig in (("MERGING", figure(t["ways"])), ("MERGING_KEPT", kept_figure(t["kept"]))): fig.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+
+
+def rows_of(part, args):
+    "All rows of one table."
+    sides, bases = tissues(), Bases(args.bases)
+    if part == "tried": return [*tried(sides, bases, split, some, WITHOUT)]
+    base, held = (bases(WITHOUT), None) if part != "kept" else BasesThatKeep(args.kept_bases)(WITHOUT)[::2]
+    make = dict(ways=measured, later=taught_later, kept=lambda sides, base, seed: kept(sides, base, held, seed))[part]
+    rows = []
+    for seed in range(args.seeds):
+        rows += make(sides, base, seed)
+        print(f"{part}, seed {seed}: done", flush=True)
+    return rows
 
 
 def main():
     warnings.filterwarnings("ignore")
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--only", nargs="*", choices=[*TABLES], default=[*TABLES], help="tables to make; the others stay as they are")
     p.add_argument("--bases", type=Path, default=HERE.parent / "runs" / "science" / "bases", help="where bases are kept, as for science.py")
+    p.add_argument("--kept-bases", type=Path, default=HERE.parent / "runs" / "forgetting" / "bases", help="where bases are kept that lack a quarter of every study, as for forgetting.py")
     p.add_argument("--out", type=Path, default=HERE)
     p.add_argument("--report", action="store_true", help="run nothing, write MERGING.md anew from the tables")
     args = p.parse_args()
-    if args.report: return report(args.out)
-    base, sides, rows, later = Bases(args.bases)(WITHOUT), tissues(), [], []
-    for seed in range(args.seeds):
-        rows += measured(sides, base, seed)
-        print(f"seed {seed}: ways done", flush=True)
-        later += taught_later(sides, base, seed)
-        print(f"seed {seed}: done", flush=True)
-    t, later = pd.DataFrame(rows), pd.DataFrame(later)
-    t.round(4).to_csv(args.out / "MERGING.csv", index=False)
-    later.round(4).to_csv(args.out / "MERGING_LATER.csv", index=False)
-    report(args.out)
+    for part in [] if args.report else args.only: pd.DataFrame(rows_of(part, args)).round(4).to_csv(args.out / f"{TABLES[part]}.csv", index=False)
+    if all((args.out / f"{name}.csv").exists() for name in TABLES.values()): report(args.out)
 
 
 if __name__ == "__main__": main()
