@@ -15,7 +15,7 @@ from .core import InputError
 from .go import load_go
 from .ontology import find_term, load_ontology
 from .retrieval import search
-from .sources import Sources, rewrite
+from .sources import Sources, rewrite, sources_of
 
 # %% ../nbs/05be_ask.ipynb #c2d238d6
 def genes_in(question, genes):
@@ -99,7 +99,7 @@ class Answer:
         -------
         str
         """
-        listed = [f"- [{k}] {v}" for k, v in self.sources.items() if any(k in s for s in self.sentences)]
+        listed = [f"- [{k}] {v}" for k, v in sources_of(self.sentences, self.sources).items()]
         return "\n".join([*(f"{s}" for s in self.sentences), "", *listed, *(f"\nNote: {n}" for n in self.notes)])
 
 # %% ../nbs/05be_ask.ipynb #e12876ab

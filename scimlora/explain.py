@@ -17,7 +17,7 @@ from .core import InputError, atomic_path, write_json
 from .data import align_cells
 from .go import enrich
 from .ontology import find_term, load_ontology
-from .sources import Sources, rewrite
+from .sources import Sources, rewrite, sources_of
 
 # %% ../nbs/05bd_explain.ipynb #978a32ca
 def gene_table(predictor, cells, found):
@@ -111,7 +111,7 @@ class Explanation:
         -------
         str
         """
-        listed = [f"- [{k}] {v}" for k, v in self.sources.items() if any(k in s for s in self.sentences)]
+        listed = [f"- [{k}] {v}" for k, v in sources_of(self.sentences, self.sources).items()]
         return "\n".join([f"# {self.label}", "", " ".join(self.sentences), "", *listed, *(f"\nNote: {n}" for n in self.notes), ""])
 
 # %% ../nbs/05bd_explain.ipynb #65db7532

@@ -18,6 +18,7 @@ from page import charts
 from scimlora.backends import Local, Remote, Trouble, grouped_by
 from scimlora.core import InputError
 from scimlora.page import genes_from_link, genes_to_link, parse_genes, pca_xy, preset_text, presets
+from scimlora.sources import sources_of
 from scimlora.uploads import KINDS
 
 UNITS = {"auto": "whatever the numbers look like", "counts": "counts", "cpm": "scaled to one total, not logged (CPM, TPM)",
@@ -169,7 +170,7 @@ def explain_answer(backend, asked, units):
 def told(said):
     "Show sentences, and the sources that they cite."
     st.markdown("\n".join(f"- {plain(s)}" for s in said["sentences"]))
-    listed = [f"- **[{plain(k)}]** {plain(v)}" for k, v in said["sources"].items() if any(k in s for s in said["sentences"])]
+    listed = [f"- **[{plain(k)}]** {plain(v)}" for k, v in sources_of(said["sentences"], said["sources"]).items()]
     if listed:
         with st.expander(f"Sources ({len(listed)})"): st.markdown("\n".join(listed))
     if said["notes"]: st.caption(plain(sentences(said["notes"])))
