@@ -28,7 +28,8 @@ from scimlora.base import Base, Encoder, load_base, load_head
 from scimlora.core import versions
 from scimlora.data import align_cells, find_counts, log1p_cp10k, obs_column
 from scimlora.examples import shared
-from scimlora.kernels import _add_dense, _dealt, _finish, _SHARE, _sparse, split_genes
+from scimlora.kernels import _add_dense, _finish, _SHARE, split_genes
+from scimlora.loops import deal_rare, multiply_rare
 
 HERE = Path(__file__).parent
 N_GENES, HIDDEN, LATENT = 28_231, (1024, 1024, 1024), 128
@@ -158,11 +159,11 @@ def profile(layers, X, rounds, part=4096):
     X, threads, first = X[:part], torch.get_num_threads(), layers[0]
     share = _SHARE["float32", True]
     frequent, rare = split_genes(X, share, compiled=True)
-    dealt, h = _dealt(X, rare), torch.rand(X.shape[0], HIDDEN[0])
-    out, points = _sparse(X, first, rare, dealt), np.empty((X.shape[0], LATENT), np.float32)
+    dealt, h = deal_rare(X, rare), torch.rand(X.shape[0], HIDDEN[0])
+    out, points = torch.from_numpy(multiply_rare(first.weight, first.bias, rare, dealt)), np.empty((X.shape[0], LATENT), np.float32)
     held = X.nnz - dealt[0][-1, -1]
     torch.set_num_threads(1)
-    jobs = dict(split=lambda: split_genes(X, share, compiled=True), deal=lambda: _dealt(X, rare), sparse=lambda: _sparse(X, first, rare, dealt),
+    jobs = dict(split=lambda: split_genes(X, share, compiled=True), deal=lambda: deal_rare(X, rare), sparse=lambda: multiply_rare(first.weight, first.bias, rare, dealt),
                 dense=lambda: _add_dense(out, X, first, frequent, torch.float32), rest=lambda: _finish(layers, h, torch.float32, points))
     with torch.inference_mode(): took = {k: v / X.shape[0] * 1e6 for k, v in in_turns(jobs, rounds).items()}
     torch.set_num_threads(threads)

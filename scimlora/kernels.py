@@ -32,7 +32,7 @@ class Layer:
 
 # %% ../nbs/01b_kernels.ipynb #5ef83b59
 # Rate of a sparse value over that of a dense one, as measured with one thread on processors with AVX-512 and AMX.
-_SHARE = {("float32", True): 0.15, ("float32", False): 0.02, ("bfloat16", True): 0.07, ("bfloat16", False): 0.005}
+_SHARE = {("float32", True): 0.3, ("float32", False): 0.02, ("bfloat16", True): 0.07, ("bfloat16", False): 0.005}
 _GATHER = 3  # occurrences
 
 
@@ -54,7 +54,7 @@ def split_genes(X, share, compiled=False):
     rare : numpy.ndarray of int
         The other columns that occur at all, the most frequent first.
     """
-    count = _compiled()["count"](X.indices, X.shape[1]) if compiled else np.bincount(X.indices, minlength=X.shape[1])
+    count = _compiled().count(X.indices, X.shape[1]) if compiled else np.bincount(X.indices, minlength=X.shape[1])
     order = np.argsort(-count, kind="stable")
     n, total = (int((count > t).sum()) for t in (_GATHER + share * X.shape[0], 0))
     return order[:n], order[n:total]
@@ -79,102 +79,13 @@ def _plain(X, layer, share, dtype):
     tail = sp.csr_matrix((X.data[keep], X.indices[keep], ends), X.shape) @ weight
     return _linear(torch.from_numpy(X[:, frequent].toarray()), torch.from_numpy(weight[frequent]), bias, dtype).add_(torch.from_numpy(tail))
 
-# %% ../nbs/01b_kernels.ipynb #c93f704d
-_BLOCK, _COLUMNS = 256, 512  # 512 kB of weights: half of what a core's second cache holds, which it may have to share
-
-
-def _count(indices, n):
-    "How often each gene occurs."
-    out = np.zeros(n, np.int64)
-    for j in range(len(indices)): out[indices[j]] += 1
-    return out
-
-
-def _fill(indptr, indices, data, column, first, dense):
-    "Lay the cells from `first` on out in `dense`, as many as it has rows, each value in its gene's column."
-    dense[:] = 0
-    for i in range(len(dense)):
-        for j in range(indptr[first + i], indptr[first + i + 1]): dense[i, column[indices[j]]] = data[j]
-
-
-def _deal(indptr, indices, data, code, ends, local, values):
-    "Sort each cell's rare values by block. A gene's code is its block, from 1, and its place there; 0 if it is not rare."
-    n_blocks, done, widest, high = len(ends) - 1, 0, 0, np.uint32(16)
-    for i in range(len(indptr) - 1): widest = max(widest, indptr[i + 1] - indptr[i])
-    codes, found, at = np.empty(widest + 1, np.uint32), np.empty(widest + 1, np.float32), np.empty(n_blocks + 1, np.int64)
-    for i in range(len(indptr) - 1):
-        n = 0
-        for j in range(indptr[i], indptr[i + 1]):
-            codes[n], found[n] = code[indices[j]], data[j]
-            n += codes[n] != 0
-        at[:] = 0
-        for k in range(n): at[codes[k] >> high] += 1
-        for b in range(n_blocks): at[b + 1], ends[b, i], done = done, done, done + at[b + 1]
-        ends[n_blocks, i] = done
-        for k in range(n):
-            b = codes[k] >> high
-            local[at[b]], values[at[b]] = codes[k] & np.uint32(0xFFFF), found[k]
-            at[b] += 1
-
-# %% ../nbs/01b_kernels.ipynb #3dca215a
-def _multiply(weight, rare, ends, local, values, bias, out):
-    "Fill `out` with the rare genes' values times their weights, and the bias."
-    n, width = out.shape
-    piece, sums = np.empty(_BLOCK * _COLUMNS, np.float32), np.empty(n * _COLUMNS, np.float32)
-    # Unsigned offsets: a signed one would be tested for counting from the end at each access.
-    T = np.uint64(_COLUMNS)
-    for first in range(0, width, _COLUMNS):
-        m = min(_COLUMNS, width - first)
-        for i in range(n):
-            for c in range(m): sums[i * _COLUMNS + c] = bias[first + c]
-        for b in range(len(ends) - 1):
-            genes = rare[b * _BLOCK:(b + 1) * _BLOCK]
-            for k in range(len(genes)):
-                for c in range(m): piece[k * _COLUMNS + c] = weight[genes[k], first + c]
-            for i in range(n):
-                j, end, s = ends[b, i], ends[b + 1, i], np.uint64(i) * T
-                while j + 4 <= end:
-                    r0, r1 = np.uint64(local[j]) * T, np.uint64(local[j + 1]) * T
-                    r2, r3 = np.uint64(local[j + 2]) * T, np.uint64(local[j + 3]) * T
-                    v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
-                    for c in range(T): sums[s + c] += v0 * piece[r0 + c] + v1 * piece[r1 + c] + v2 * piece[r2 + c] + v3 * piece[r3 + c]
-                    j += 4
-                while j < end:
-                    r0, v0 = np.uint64(local[j]) * T, values[j]
-                    for c in range(T): sums[s + c] += v0 * piece[r0 + c]
-                    j += 1
-        for i in range(n):
-            for c in range(m): out[i, first + c] = sums[i * _COLUMNS + c]
-
 # %% ../nbs/01b_kernels.ipynb #b73362e9
 @functools.lru_cache
 def _compiled():
-    "The loops compiled, by name, or None without numba. Loaded late, since numba takes half a second."
+    "The module of compiled loops, or None without numba."
     if importlib.util.find_spec("numba") is None: return None
-    from numba import njit
-
-    def compiled(f):
-        options = dict(nogil=True, fastmath=True, error_model="numpy")
-        try: return njit(cache=True, **options)(f)
-        except RuntimeError: return njit(**options)(f)  # no folder that a cache could be kept in
-    return dict(count=compiled(_count), fill=compiled(_fill), deal=compiled(_deal), multiply=compiled(_multiply))
-
-
-def _dealt(X, rare):
-    "The rare values of each cell, sorted by block: where each block ends, places in it, values."
-    code, rank = np.zeros(X.shape[1], np.uint32), np.arange(len(rare), dtype=np.uint32)
-    code[rare] = (1 + rank // _BLOCK << 16) | rank % _BLOCK
-    ends = np.empty((-(-len(rare) // _BLOCK) + 1, X.shape[0]), np.int32 if X.nnz < 2**31 else np.int64)
-    local, values = np.empty(X.nnz, np.uint16), np.empty(X.nnz, np.float32)
-    _compiled()["deal"](X.indptr, X.indices, X.data, code, ends, local, values)
-    return ends, local, values
-
-
-def _sparse(X, layer, rare, dealt):
-    "The rare genes' share of the first layer's output, and the bias."
-    out = np.empty((X.shape[0], layer.bias.size), np.float32)
-    _compiled()["multiply"](layer.weight, rare, *dealt, layer.bias, out)
-    return torch.from_numpy(out)
+    from scimlora import loops
+    return loops
 
 # %% ../nbs/01b_kernels.ipynb #f28e6d2b
 _ROWS = 1024  # cells at a time where all is dense: what passes from one step to the next stays in the cache
@@ -190,7 +101,7 @@ def _add_dense(out, X, layer, frequent, dtype):
     weight = torch.from_numpy(layer.weight[frequent]).to(dtype)
     for a in range(0, len(out), _ROWS):
         rows = dense[:len(out) - a]
-        _compiled()["fill"](X.indptr, X.indices, data, column, a, rows.view(kept).numpy())
+        _compiled().fill(X.indptr, X.indices, data, column, a, rows.view(kept).numpy())
         part, h = out[a:a + _ROWS], rows[:, :len(frequent)]
         if dtype == torch.float32: part.addmm_(h, weight)
         else: part.add_(h @ weight)
@@ -200,7 +111,8 @@ def _add_dense(out, X, layer, frequent, dtype):
 def _fast(X, layer, share, dtype):
     "As `_plain`, with the compiled loops."
     frequent, rare = split_genes(X, share, compiled=True)
-    out = _sparse(X, layer, rare, _dealt(X, rare))
+    loops = _compiled()
+    out = torch.from_numpy(loops.multiply_rare(layer.weight, layer.bias, rare, loops.deal_rare(X, rare)))
     return _add_dense(out, X, layer, frequent, dtype) if len(frequent) else out
 
 # %% ../nbs/01b_kernels.ipynb #9b63ebc5
