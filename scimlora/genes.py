@@ -213,6 +213,12 @@ def _places(order):
 
 
 @lru_cache(8)
+def _plain(order):
+    "Return the names of a model that are genes as they stand, whatever file they are found in."
+    return {g for g, ok in zip(order, is_gene(order) & ~is_other_species(order)) if ok and _clean(g) == g}
+
+
+@lru_cache(8)
 def _holders(order):
     "Return gene → (column, how its name is known); column -1 where several columns lay claim to it."
     place = _places(order)[0]
@@ -282,10 +288,15 @@ def _match(names, order):
 # %% ../nbs/00a_genes.ipynb #f46c2601
 def _match_columns(names, order):
     "Match names as the file has them: columns (-1: none), kinds, and which are genes, ambiguous, another species'."
-    clean = [_clean(str(g)) for g in names]
-    genes, other = is_gene(clean), is_other_species(names)
-    to, ambiguous = _match({g for g, ok in zip(clean, genes & ~other) if ok}, tuple(order))
+    order, clean = tuple(order), [str(g) for g in names]
+    plain = _plain(order)
+    odd = [i for i, g in enumerate(clean) if g not in plain]  # few: of the model's own names all this is known
+    genes, other = np.ones(len(clean), bool), np.zeros(len(clean), bool)
+    other[odd] = is_other_species([clean[i] for i in odd])
+    for i in odd: clean[i] = _clean(clean[i])
+    genes[odd] = is_gene([clean[i] for i in odd])
     ok = genes & ~other
+    to, ambiguous = _match({g for g, o in zip(clean, ok) if o}, order)
     found = [to.get(g, (-1, "")) if o else (-1, "") for g, o in zip(clean, ok)]
     columns = np.array([j for j, _ in found], dtype=int)
     return columns, [kind for _, kind in found], genes, np.array([g in ambiguous for g in clean], dtype=bool) & ok, other & genes
