@@ -87,7 +87,7 @@ benchmark-panels: install-dev  ## accuracy against the number of genes measured:
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/panels.py $(ARGS)
 
 bench-unknown: install-dev  ## scores for cells of an untaught kind: benchmarks/UNKNOWN.md
-	$(IN_ENV) SCIMLORA_PROGRESS=1 python benchmarks/unknown_cells.py
+	$(IN_ENV) OMP_NUM_THREADS=1 SCIMLORA_PROGRESS=1 python benchmarks/unknown_cells.py
 
 bench-conformal: install-dev  ## how often prediction sets hold the true label, on held-out donors: benchmarks/CONFORMAL.md
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/conformal.py $(ARGS)
