@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predictions', 'as_table', 'untuned', 'open_bundle', 'Predictor', 'in_this_process', 'provenance', 'annotate',
-           'FileAnnotation', 'annotate_file', 'own_names', 'genes_to_cells']
+           'FileAnnotation', 'annotate_file', 'genes_to_cells']
 
 # %% ../nbs/03c_predict.ipynb #fbb15b7c
 import functools
@@ -28,7 +28,7 @@ from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genepath import FEW_GENES
 from .hierarchy import back_off, hierarchy
-from .genes import is_gene, is_other_species, place_genes
+from .genes import own_names, place_genes
 from .kernels import find_device, run_both, run_layers
 from .lora import Head, served_layers
 from .rows import ahead, h5_for_writing
@@ -220,7 +220,7 @@ class Predictor:
         return run_layers(self.layers, self._aligned(cells, units).X, **self._how)
 
     @functools.cached_property
-    def _own(self): return own_names(self.genes)
+    def _own(self): return own_names(tuple(self.genes))
 
     def read(self, cells, units="auto"):
         """Read cells that are dictionaries.
@@ -577,21 +577,6 @@ def _linear(cells, units):
 
 
 # %% ../nbs/03c_predict.ipynb #fcea734a
-def own_names(genes):
-    """Return name → column of the names that a model itself has: with only these, no neighbours have to be asked.
-
-    Parameters
-    ----------
-    genes : sequence of str, length n
-
-    Returns
-    -------
-    dict of str to int
-    """
-    usable = is_gene(genes) & ~is_other_species(genes)
-    return {g: j for j, (g, ok) in enumerate(zip(genes, usable)) if ok}
-
-
 def _places(cells, genes, own):
     "The model's column of each gene, those of all cells in a row, as `place_genes` gives it."
     same, out = {}, []
@@ -625,7 +610,7 @@ def genes_to_cells(cells, genes, units="auto", own=None):
     units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}, or a sequence of them
         What the values are, of all cells or of each.
     own : dict of str to int, optional
-        `own_names` of the genes, where they are at hand.
+        `scimlora.genes.own_names` of the genes, where they are at hand.
 
     Returns
     -------
@@ -638,7 +623,7 @@ def genes_to_cells(cells, genes, units="auto", own=None):
     InputError
         If a value is no finite number or negative, or a cell has no gene that the model knows.
     """
-    (v, begin, units), to = _linear(cells, units), _places(cells, genes, own_names(genes) if own is None else own)
+    (v, begin, units), to = _linear(cells, units), _places(cells, genes, own_names(tuple(genes)) if own is None else own)
     size = np.diff(begin, append=len(v))
     row, known, shape = np.repeat(np.arange(len(size)), size), to >= 0, (len(size), len(genes))
     used = np.bincount(row[known], minlength=len(size))
