@@ -207,8 +207,9 @@ def multiply_rare(weight, bias, rare, dealt):
     numpy.ndarray of float32, shape (n_cells, width)
         Each column is summed in one order, whatever the number of threads or cells.
     """
+    weight, bias = (np.ascontiguousarray(a, np.float32) for a in (weight, bias))  # the loops copy rows as they lie in memory
     out = np.empty((dealt[0].shape[1], len(bias)), np.float32)
     # The columns past the last, where the width is no multiple, are computed from what lies there and never read.
     piece, sums = _large_pages(BLOCK * COLUMNS, len(out) * COLUMNS)
-    _multiply(np.ascontiguousarray(weight), rare, *dealt, bias, out, piece, sums)
+    _multiply(weight, rare, *dealt, bias, out, piece, sums)
     return out
