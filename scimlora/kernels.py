@@ -32,7 +32,7 @@ class Layer:
 
 # %% ../nbs/01b_kernels.ipynb #5ef83b59
 # Rate of a sparse value over that of a dense one, as measured with one thread on processors with AVX-512 and AMX.
-_SHARE = {("float32", True): 0.3, ("float32", False): 0.02, ("bfloat16", True): 0.07, ("bfloat16", False): 0.005}
+_SHARE = dict(plain=dict(float32=0.02, bfloat16=0.005), compiled=dict(float32=0.3, bfloat16=0.07), tiles=dict(float32=0.15, bfloat16=0.07))
 _GATHER = 3  # occurrences
 
 
@@ -108,12 +108,39 @@ def _add_dense(out, X, layer, frequent, dtype):
     return out
 
 
-def _fast(X, layer, share, dtype):
+def _fast(X, layer, share, dtype, add=_add_dense):
     "As `_plain`, with the compiled loops."
     frequent, rare = split_genes(X, share, compiled=True)
     loops = _compiled()
     out = torch.from_numpy(loops.multiply_rare(layer.weight, layer.bias, rare, loops.deal_rare(X, rare)))
-    return _add_dense(out, X, layer, frequent, dtype) if len(frequent) else out
+    return add(out, X, layer, frequent, dtype) if len(frequent) else out
+
+# %% ../nbs/01b_kernels.ipynb #38b31a8c
+_PARTS = {torch.float32: 2, torch.bfloat16: 1}
+
+
+@functools.lru_cache
+def _tiles():
+    "The module of products in tiles, or None where there are none."
+    if _compiled() is None: return None
+    from scimlora import tiles
+    return tiles if tiles.ready() else None
+
+
+def _add_in_tiles(out, X, layer, frequent, dtype):
+    "As `_add_dense`."
+    tiles, sums = _tiles(), out.numpy()
+    packed = tiles.pack(layer.weight, frequent, _PARTS[dtype])
+    room = tiles.room(min(tiles.PANEL, len(out)), len(frequent), _PARTS[dtype])
+    place = tiles.places(frequent, X.shape[1], room)
+    for a in range(0, len(out), tiles.PANEL):
+        part = sums[a:a + tiles.PANEL]
+        tiles.lay_out(X.indptr, X.indices, X.data, place, a, len(part), room)
+        tiles.multiply(room, packed, part)
+    return out
+
+
+_in_tiles = functools.partial(_fast, add=_add_in_tiles)
 
 # %% ../nbs/01b_kernels.ipynb #9b63ebc5
 PRECISIONS = ("float32", "bfloat16")
@@ -131,12 +158,6 @@ def _rows(X, a, b):
     return X
 
 
-def _choice(X, layer, precision):
-    "The loops for the rare genes, and the share of cells from which on a gene is frequent."
-    compiled = X.nnz * layer.bias.size >= _LARGE and _compiled() is not None
-    return _fast if compiled else _plain, _SHARE[precision, compiled]
-
-
 def _corrected(x, layer, h, first=0):
     "h and, in its rows from `first` on, the layer's correction of low rank, if it has one; x is a tensor or a CSR matrix."
     if layer.left is None: return h
@@ -145,13 +166,13 @@ def _corrected(x, layer, h, first=0):
     return h
 
 # %% ../nbs/01b_kernels.ipynb #e415668c
-_HALF = weakref.WeakKeyDictionary()  # layer → its weight in bfloat16
+_KEPT = weakref.WeakKeyDictionary()  # layer → {form: its weight in that form}
 
 
-def _weight(layer, dtype):
-    if dtype == torch.float32: return torch.from_numpy(layer.weight)
-    if layer not in _HALF: _HALF[layer] = torch.from_numpy(layer.weight).to(dtype)
-    return _HALF[layer]
+def _kept(layer, form, make):
+    held = _KEPT.setdefault(layer, {})
+    if form not in held: held[form] = make(layer.weight)
+    return held[form]
 
 
 def _bend(h, slope):
@@ -159,32 +180,68 @@ def _bend(h, slope):
     return F.leaky_relu_(h, float(slope[0])) if slope.size == 1 else F.prelu(h, torch.from_numpy(slope))
 
 
-def _first(X, layer, way, share, dtype):
+def _dense(h, slope, layer, dtype):
+    "A block of cells bent, and its product with the next layer."
+    h = _bend(h, slope)
+    weight = _kept(layer, dtype, lambda w: torch.from_numpy(w).to(dtype))
+    return h, _linear(h, weight, torch.from_numpy(layer.bias), dtype)
+
+
+def _dense_in_tiles(h, slope, layer, dtype):
+    "The same."
+    tiles, parts = _tiles(), _PARTS[dtype]
+    packed, room = _kept(layer, parts, lambda w: tiles.pack(w, parts=parts)), tiles.room(len(h), h.shape[1], parts)
+    tiles.bend(h.numpy(), np.full(h.shape[1], slope if slope.size else 1, np.float32), room)
+    out = np.empty((len(h), layer.bias.size), np.float32)
+    out[:] = layer.bias
+    tiles.multiply(room, packed, out)
+    return h, torch.from_numpy(out)
+
+# %% ../nbs/01b_kernels.ipynb #649bff84
+@dataclass(frozen=True)
+class _Way:
+    "How products are made."
+    name: str  # in `_SHARE`
+    sparse: callable  # cells and the first layer
+    dense: callable  # a block of cells and a later layer
+    rows: int  # of such a block
+
+
+_PLAIN, _COMPILED, _TILES = _Way("plain", _plain, _dense, _ROWS), _Way("compiled", _fast, _dense, _ROWS), _Way("tiles", _in_tiles, _dense_in_tiles, 256)
+
+
+def _choice(X, layers):
+    "The fastest way for these cells and layers."
+    if X.nnz * layers[0].bias.size < _LARGE or _compiled() is None: return _PLAIN
+    return _TILES if _tiles() is not None and all(layer.bias.size % _tiles().STEP == 0 for layer in layers) else _COMPILED
+
+
+def _first(X, layer, way, precision):
     "The first layer's output, (n_cells, width), before its bend."
-    return _corrected(X, layer, way(X, layer, share, dtype))
+    return _corrected(X, layer, way.sparse(X, layer, _SHARE[way.name][precision], getattr(torch, precision)))
 
 
-def _rest(layers, h, dtype, first=0):
+def _rest(layers, h, way, precision, first=0):
     "From the first layer's output, before its bend, to points of unit length: a block of cells, corrected from `first` on."
-    h = _bend(h, layers[0].slope)
-    for layer in layers[1:]:
+    for before, layer in zip(layers, layers[1:]):
         # The last layer costs nothing, and its rounding would be the answer's.
-        kind = torch.float32 if layer is layers[-1] else dtype
-        h = _bend(_corrected(h, layer, _linear(h, _weight(layer, kind), torch.from_numpy(layer.bias), kind), first), layer.slope)
+        h, out = way.dense(h, before.slope, layer, torch.float32 if layer is layers[-1] else getattr(torch, precision))
+        h = _corrected(h, layer, out, first)
     return F.normalize(h, p=2, dim=1).numpy()
 
 
-def _finish(layers, h, dtype, out):
+def _finish(layers, h, way, precision, out):
     "Write the points of a part of the cells to `out`."
-    for a in range(0, len(h), _ROWS): out[a:a + _ROWS] = _rest(layers, h[a:a + _ROWS], dtype)
+    for a in range(0, len(h), way.rows): out[a:a + way.rows] = _rest(layers, h[a:a + way.rows], way, precision)
 
 
-def _finish_both(layers, h, other, dtype, out):
+def _finish_both(layers, h, other, way, precision, out):
     "The same for two encoders with the same weights, of which `layers` has the corrections of the second."
-    for a in range(0, len(h), _ROWS):
-        part = h[a:a + _ROWS]
-        both = _rest(layers, torch.cat([part, other[a:a + _ROWS]]), dtype, len(part))
-        for o, points in zip(out, np.split(both, 2)): o[a:a + _ROWS] = points
+    n = way.rows // 2
+    for a in range(0, len(h), n):
+        part = h[a:a + n]
+        both = _rest(layers, torch.cat([part, other[a:a + n]]), way, precision, len(part))
+        for o, points in zip(out, np.split(both, 2)): o[a:a + n] = points
 
 # %% ../nbs/01b_kernels.ipynb #3e268c95
 _SENT = weakref.WeakKeyDictionary()  # layer → {(device, dtype): tensors}
@@ -325,15 +382,15 @@ def _run(layers, X, batch, precision, device, second=None):
     X, width, device = sp.csr_matrix(X), layers[-1].bias.size, find_device(device)
     if device.type != "cpu":
         return [_on_device(layers, X, device, getattr(torch, precision), batch)]
-    way, share, dtype = *_choice(X, layers[0], precision), getattr(torch, precision)
+    way = _choice(X, layers)
     out = [np.empty((X.shape[0], width), np.float32) for _ in range(1 if second is None else 2)]
 
     def work(a, b):
         with torch.inference_mode():
             part = _rows(X, a, b)
-            h = _first(part, layers[0], way, share, dtype)
-            if second is None: _finish(layers, h, dtype, out[0][a:b])
-            else: _finish_both(second, h, _corrected(part, second[0], h.clone()), dtype, [o[a:b] for o in out])
+            h = _first(part, layers[0], way, precision)
+            if second is None: _finish(layers, h, way, precision, out[0][a:b])
+            else: _finish_both(second, h, _corrected(part, second[0], h.clone()), way, precision, [o[a:b] for o in out])
 
     _each(work, _parts(X.shape[0], batch))
     return out
@@ -356,12 +413,12 @@ def run_first(layer, X, out=None, batch=4096):
         `out`.
     """
     X = sp.csr_matrix(X)
-    way, share = _choice(X, layer, "float32")
+    way = _choice(X, [layer])
     if out is None: out = np.empty((X.shape[0], layer.bias.size), np.float32)
     bounds = _parts(X.shape[0], batch)
 
     def work(a, b):
-        with torch.inference_mode(): out[a:b] = _first(_rows(X, a, b), layer, way, share, torch.float32).numpy()
+        with torch.inference_mode(): out[a:b] = _first(_rows(X, a, b), layer, way, "float32").numpy()
         bar.update(b - a)
 
     with progress(desc="first layer", total=X.shape[0], unit="cells") as bar: _each(work, bounds)

@@ -12,7 +12,7 @@ from scimlora.examples import baron
 from scimlora.kernels import Layer, run_layers
 
 SAME = 1e-5
-SHAPES = [(1, 40, (8,)), (7, 300, (16, 4)), (500, 700, (300, 20, 8)), (1030, 1100, (520, 16))]
+SHAPES = [(1, 40, (8,)), (7, 300, (16, 4)), (500, 700, (300, 20, 8)), (1030, 1100, (520, 16)), (1, 40, (32,)), (300, 700, (96, 32)), (1030, 1100, (1088, 64, 32))]
 
 
 def random_layers(n_genes, widths, seed=0, vector_slope=False):
@@ -43,13 +43,15 @@ def dense(layers, X):
 def far(a, b): return np.abs(np.asarray(a, np.float64) - b).max()
 
 
-@pytest.fixture(params=["plain", "compiled"])
+@pytest.fixture(params=["plain", "compiled", "tiles"])
 def way(request, monkeypatch):
-    "Both ways for matrices of any size: without numba, and with it."
-    if request.param == "compiled":
+    "All ways for matrices of any size: without numba, with it, and with a processor's matrix units."
+    if request.param == "plain": monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    else:
         pytest.importorskip("numba")
         monkeypatch.setattr(kernels, "_LARGE", 0)
-    else: monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    if request.param == "compiled": monkeypatch.setattr(kernels, "_tiles", lambda: None)
+    if request.param == "tiles" and kernels._tiles() is None: pytest.skip("no matrix units")
     return request.param
 
 
@@ -108,6 +110,23 @@ def test_other_types_and_strided_arrays(way):
     assert far(run_layers(layers, wide), want) < SAME
     strided = [Layer(np.asfortranarray(layer.weight), layer.bias, layer.slope) for layer in layers]
     assert far(run_layers(strided, X), want) < SAME
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cell_in_tiles_is_the_same_whoever_its_neighbours_are(real, dtype):
+    if kernels._tiles() is None: pytest.skip("no matrix units")
+    mini, X = real
+    first, second = mini.layers[:2]
+    genes = np.argsort(-X.getnnz(0))[:1100]
+    start = lambda n: torch.from_numpy(np.tile(first.bias, (n, 1)))
+    whole = kernels._add_in_tiles(start(X.shape[0]), X, first, genes, dtype)
+    assert far(whole, X[:, genes].astype(np.float64) @ first.weight[genes] + first.bias) < (1e-4 if dtype == torch.float32 else 0.2)
+    for rows in (slice(0, 1), slice(3, 40), slice(100, 700)):
+        part = X[rows]
+        h = kernels._add_in_tiles(start(part.shape[0]), part, first, genes, dtype)
+        assert torch.equal(h, whole[rows])
+        after = kernels._dense_in_tiles(whole.clone(), first.slope, second, dtype)[1][rows]
+        assert torch.equal(kernels._dense_in_tiles(h, first.slope, second, dtype)[1], after)
 
 
 def test_threads_and_batches(way, real):
