@@ -32,8 +32,13 @@ def describe(predictor, cells, k=5):
     list of dict
         As from `answer`.
     """
+    return _said(predictor, cells, cells.obs, k)
+
+
+def _said(predictor, cells, told, k):
+    "What `describe` returns; `told` has what is known of each cell, as the columns of `obs`."
     p, out = predictor.predict(cells), []
-    for top, reason, unit, used, unknown in zip(p.top(k), p.reason, *(cells.obs[c].tolist() for c in ("units", "genes_used", "genes_unknown"))):
+    for top, reason, unit, used, unknown in zip(p.top(k), p.reason, *(told[c].tolist() for c in ("units", "genes_used", "genes_unknown"))):
         warnings = [f"only {used} genes: a whole cell has hundreds, so take this as a hint"] if used < FEW_GENES else []
         if unknown: warnings.append(f"{unknown} genes are unknown to the model")
         out.append(dict(cell_type=top[0][0], confidence=top[0][1], unassigned=bool(reason), reason=str(reason),
@@ -65,7 +70,7 @@ def answer(predictor, cells, units="auto", k=5):
     InputError
         If a value is no finite number or negative, or a cell has no known gene.
     """
-    return describe(predictor, predictor.read(cells, units), k)
+    return _said(predictor, *predictor.typed(cells, units), k)
 
 # %% ../nbs/05c_answers.ipynb #6e665fa2
 def answer_each(predictor, cells, units, k=5):
@@ -165,7 +170,7 @@ def _no_duplicates(pairs):
 def _keys(r):
     "How many keys a parsed request was given."
     if isinstance(r, BaseModel): return sum(1 + _keys(getattr(r, f)) for f in r.model_fields_set)
-    if isinstance(r, dict): return len(r) + sum(map(_keys, r.values())) if any(isinstance(v, (dict, list)) for v in r.values()) else len(r)
+    if isinstance(r, dict): return len(r) + (0 if set(map(type, r.values())) == {float} else sum(map(_keys, r.values())))
     return sum(map(_keys, r)) if isinstance(r, list) else 0
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from .base import fold
 from .core import InputError
-from .kernels import Layer, run_first
+from .kernels import Layer, Product, back_few, loops_pay, run_first, times_few
 from .losses import mask_genes
 
 # %% ../nbs/02f_cached.ipynb #6621ffcd
@@ -33,6 +33,9 @@ class _Tuned:
     B: nn.Parameter | None = None  # (out, r)
     scale: torch.Tensor | None = None  # (out, 1): alpha / r, times BatchNorm's
     dropout: nn.Module | None = None
+    forth: Product | None = None  # with the weight, and back with its transpose; none in the first layer, which is computed once
+    back: Product | None = None
+    loops: bool = False  # compiled, for what the first layer's adapter does
 
 
 def _parts_of(block):
@@ -51,6 +54,8 @@ def _tuned_layers(base, model):
         layer.A, layer.B, layer.dropout = linear.lora_A["default"].weight, linear.lora_B["default"].weight, linear.lora_dropout["default"]
         scale = torch.ones(len(layer.bias)) if norm is None else norm.weight / torch.sqrt(norm.running_var + norm.eps)
         layer.scale = (scale * linear.scaling["default"]).detach()[:, None]
+    out[0].loops = loops_pay(out[0].weight)
+    for layer in out[1:]: layer.forth, layer.back = Product(layer.weight), Product(layer.weight.t())
     return out
 
 # %% ../nbs/02f_cached.ipynb #608abcda
@@ -73,14 +78,20 @@ def _dropped(layer, h):
 
 
 def _inner(layer, cells, h):
-    "The adapter's inner values, its input, and the mask of dropout."
+    "The adapter's inner values, its input, and the mask of dropout; `cells` is a matrix and which of its rows are meant."
     if h is not None:
         seen, mask = _dropped(layer, h)
         return seen @ layer.A.detach().t(), seen, mask
-    # Dropout of a zero is a zero: it is enough to draw for the values that are there.
-    cells = cells.copy() if layer.dropout.training else cells
-    cells.data = layer.dropout(torch.from_numpy(cells.data)).numpy()
-    return torch.from_numpy(cells @ layer.A.detach().t().numpy()), cells, None
+    if layer.dropout.training and getattr(layer.dropout, "p", 0):
+        # Dropout of a zero is a zero: it is enough to draw for the values that are there.
+        cells = _taken(*cells)
+        cells[0].data = layer.dropout(torch.from_numpy(cells[0].data)).numpy()
+    return torch.from_numpy(times_few(*cells, layer.A.detach().t().numpy(), layer.loops)), cells, None
+
+
+def _taken(X, rows):
+    "The same cells as a matrix of their own."
+    return X[rows], np.arange(len(rows))
 
 # %% ../nbs/02f_cached.ipynb #9d9dabfc
 class _Chain(torch.autograd.Function):
@@ -91,7 +102,7 @@ class _Chain(torch.autograd.Function):
         "`p`: the frozen first layer's output for the cells; changed in place."
         ctx.layers, ctx.kept, h = layers, [], None
         for layer in layers:
-            if h is not None: p = torch.mm(h, layer.weight).add_(layer.bias)
+            if h is not None: p = layer.forth(h, layer.bias)
             u = seen = mask = B = None
             if layer.A is not None:
                 u, seen, mask = _inner(layer, cells, h)
@@ -111,10 +122,10 @@ class _Chain(torch.autograd.Function):
             du = None
             if layer.A is not None:
                 du = d @ B
-                dA = du.t() @ seen if i else torch.from_numpy(seen.T @ du.numpy()).t()
+                dA = du.t() @ seen if i else torch.from_numpy(back_few(*seen, du.numpy(), layer.loops)).t()
                 grads[:0] = [dA, (d.t() @ u).mul_(layer.scale)]
             if i:
-                d = d @ layer.weight.t()
+                d = layer.back(d)
                 if mask is not None: d.add_((du @ layer.A.detach()).mul_(mask))
                 elif du is not None: d.addmm_(du, layer.A.detach())
         return None, None, None, *grads
@@ -219,10 +230,12 @@ class CachedEncoder(OnCells):
         torch.Tensor, shape (len(rows), latent)
             Rows of unit length.
         """
-        cells, first = self.X[rows], self.layers[0]
-        cells.data = mask_genes(torch.from_numpy(cells.data), mask).numpy()
+        cells, first = (self.X, rows), self.layers[0]
         if self.frozen is not None and not mask: p = torch.from_numpy(self.frozen[rows])
-        else: p = torch.from_numpy(cells @ first.weight.numpy()).add_(first.bias)
+        else:
+            cells = _taken(*cells)
+            cells[0].data = mask_genes(torch.from_numpy(cells[0].data), mask).numpy()
+            p = torch.from_numpy(cells[0] @ first.weight.numpy()).add_(first.bias)
         return _Chain.apply(self.layers, cells, p, *self.adapters)
 
 # %% ../nbs/02f_cached.ipynb #1611a7af

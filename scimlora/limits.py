@@ -12,6 +12,8 @@ import time
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
+from .batching import within
+
 # %% ../nbs/05f_limits.ipynb #70f8a334
 SLOWEST = 50_000  # bytes a second, after the first seconds
 
@@ -57,7 +59,7 @@ class _Body:
     async def receive(self):
         if self.whole: return await self._receive()
         left = self.start + self.seconds + self.seen / SLOWEST - time.monotonic()
-        try: message = await asyncio.wait_for(self._receive(), left)
+        try: message = await within(left, self._receive())
         except asyncio.TimeoutError:
             self.wrong = 408
             raise ClientDisconnect from None
@@ -72,4 +74,4 @@ class _Body:
         # The app may have caught what was raised; its answer would hide the reason.
         if self.wrong: return
         self.started = True
-        await asyncio.wait_for(self._send(message), self.seconds)
+        await within(self.seconds, self._send(message))

@@ -243,9 +243,26 @@ class Predictor:
         """
         return genes_to_cells(cells, self.genes, units, self._own)
 
+    def typed(self, cells, units="auto"):
+        """Read cells that are dictionaries, as `read` does, without a table of them.
+
+        Parameters
+        ----------
+        cells, units
+            As for `read`.
+
+        Returns
+        -------
+        cells : Cells
+            Without `obs`.
+        told : dict of str to numpy.ndarray, each of shape (n_cells,)
+            What `obs` would have held.
+        """
+        return _typed(cells, self.genes, units, self._own)
+
     def _aligned(self, cells, units):
         if isinstance(cells, Cells): return cells
-        if isinstance(cells, list): return self.read(cells, units)
+        if isinstance(cells, list): return self.typed(cells, units)[0]
         if sp.issparse(cells): return Cells(sp.csr_matrix(cells, dtype=np.float32), None, self.genes)
         return align_cells(cells, self.genes, units)
 
@@ -300,7 +317,8 @@ class Predictor:
         """
         path, m = self.bundle.genepath, cells.measured
         if path is None: whole = True
-        else: whole = path.whole_rows(m) & ~self._listed(cells) if sp.issparse(m) else path.whole(m)
+        else: whole = path.whole_rows(m) if sp.issparse(m) else path.whole(m)
+        if (listed := self._listed(cells)) is not None: whole = whole & ~listed
         return self.bundle.calibration.proba(*self.paths(cells, z, frozen), whole)
 
     def predict(self, cells, units="auto"):
@@ -360,8 +378,9 @@ class Predictor:
         return ["" if i < 0 else f"; surely {self._tree.names[i]}" for i in found]
 
     def _listed(self, cells):
-        "Which cells are a handful of genes with no word on the others: (n_cells,) bool, or None."
-        return cells.panel & (np.diff(cells.measured.indptr) == 0) if cells.panel is not None and sp.issparse(cells.measured) else None
+        "Which cells are a handful of genes with no word on the others: (n_cells,) bool; None: none is."
+        if cells.panel is None or not sp.issparse(cells.measured) or not cells.panel.any(): return None
+        return cells.panel & (np.diff(cells.measured.indptr) == 0)
 
     def _few(self, cells):
         "Which cells have far fewer genes than those that were taught: (n_cells,) bool, or one for all."
@@ -581,10 +600,10 @@ def _places(cells, genes, own):
     "The model's column of each gene, those of all cells in a row, as `place_genes` gives it."
     same, out = {}, []
     for c in cells:
-        to = np.fromiter(map(own.get, c, repeat(-1)), np.int64, len(c))
+        to = np.fromiter(map(own.get, c, repeat(-1)), np.int32, len(c))
         if to.min() < 0:
             # Cells of one panel have the same names, which are looked up once.
-            if (names := tuple(c)) not in same: same[names] = place_genes(names, genes)
+            if (names := tuple(c)) not in same: same[names] = place_genes(names, genes).astype(np.int32)
             to = same[names]
         out.append(to)
     return np.concatenate(out)
@@ -592,10 +611,26 @@ def _places(cells, genes, own):
 
 def _matrix(chosen, row, column, values, shape):
     "A CSR matrix of some of the values, in whose rows a gene stands once."
-    X = sp.csr_matrix((values[chosen], column[chosen], np.searchsorted(row[chosen], np.arange(shape[0] + 1))), shape)
+    ends = np.searchsorted(row[chosen], np.arange(shape[0] + 1)).astype(np.int32)  # as wide as the columns: SciPy need not look for what both fit in
+    X = sp.csr_matrix((values[chosen], column[chosen], ends), shape)
     X.sum_duplicates()
     return X
 
+
+# %% ../nbs/03c_predict.ipynb #501cf179
+def _typed(cells, genes, units, own):
+    "What `genes_to_cells` returns, without `obs`, and the columns of `obs`: of one cell, a table would take as long as all its values."
+    (v, begin, units), to = _linear(cells, units), _places(cells, genes, own)
+    size = np.diff(begin, append=len(v))
+    row, known, shape = np.repeat(np.arange(len(size)), size), to >= 0, (len(size), len(genes))
+    used = np.bincount(row[known], minlength=len(size))
+    for i in np.flatnonzero(used == 0)[:1]:
+        raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(_short(g) for g in list(cells[i])[:3])}); give human gene symbols or Ensembl ids")
+    # A cell that comes with zeros says which genes were looked for; one without leaves out its zeros, or lists a few genes.
+    told = known & np.logical_or.reduceat(v == 0, begin)[row]
+    X, given = _matrix(known, row, to, v, shape), _matrix(told, row, to, np.ones(len(v)), shape) if told.any() else sp.csr_matrix(shape)
+    X.eliminate_zeros()
+    return Cells(log1p_cp10k(X), None, genes, panel=used < FEW_GENES, measured=given), dict(units=units, genes_used=used, genes_unknown=size - used)
 
 # %% ../nbs/03c_predict.ipynb #bf0fc9b0
 def genes_to_cells(cells, genes, units="auto", own=None):
@@ -623,16 +658,6 @@ def genes_to_cells(cells, genes, units="auto", own=None):
     InputError
         If a value is no finite number or negative, or a cell has no gene that the model knows.
     """
-    (v, begin, units), to = _linear(cells, units), _places(cells, genes, own_names(tuple(genes)) if own is None else own)
-    size = np.diff(begin, append=len(v))
-    row, known, shape = np.repeat(np.arange(len(size)), size), to >= 0, (len(size), len(genes))
-    used = np.bincount(row[known], minlength=len(size))
-    for i in np.flatnonzero(used == 0)[:1]:
-        raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(_short(g) for g in list(cells[i])[:3])}); give human gene symbols or Ensembl ids")
-    # A cell that comes with zeros says which genes were looked for; one without leaves out its zeros, or lists a few genes.
-    told = known & np.logical_or.reduceat(v == 0, begin)[row]
-    X, given = _matrix(known, row, to, v, shape), _matrix(told, row, to, np.ones(len(v)), shape)
-    X.eliminate_zeros()
-    obs = pd.DataFrame(dict(units=units, genes_used=used, genes_unknown=size - used))
-    return Cells(log1p_cp10k(X), obs, genes, panel=used < FEW_GENES, measured=given)
-
+    cells, told = _typed(cells, genes, units, own_names(tuple(genes)) if own is None else own)
+    cells.obs = pd.DataFrame(told)
+    return cells
