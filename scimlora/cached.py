@@ -43,7 +43,7 @@ def _parts_of(block):
     return (block[1], block[2]) if isinstance(block, nn.Sequential) else (block, None)
 
 
-def _tuned_layers(base, model):
+def _tuned_layers(base, model, precision="float32"):
     "The layers of a PeftModel on a base's encoder."
     linears = [_parts_of(b)[0] for b in model.base_model.model.network]
     frozen = {f"network.{i}" + (".1" if isinstance(b, nn.Sequential) else ""): _parts_of(b)[0].weight for i, b in enumerate(base.encoder.network)}
@@ -55,7 +55,7 @@ def _tuned_layers(base, model):
         scale = torch.ones(len(layer.bias)) if norm is None else norm.weight / torch.sqrt(norm.running_var + norm.eps)
         layer.scale = (scale * linear.scaling["default"]).detach()[:, None]
     out[0].loops = loops_pay(out[0].weight)
-    for layer in out[1:]: layer.forth, layer.back = Product(layer.weight), Product(layer.weight.t())
+    for layer in out[1:]: layer.forth, layer.back = Product(layer.weight, precision), Product(layer.weight.t(), precision)
     return out
 
 # %% ../nbs/02f_cached.ipynb #608abcda
@@ -178,10 +178,12 @@ class CachedEncoder(OnCells):
         Compute the frozen first layer once. Without it, it is computed for each batch from the expressed genes: for masked training, where it differs.
     limit : int
         Bytes from which on what is kept lies in a temporary file.
+    precision : {'float32', 'bfloat16'}
+        Of the products with frozen weights after the first; sums, the adapter and its steps are float32.
     """
 
-    def __init__(self, base, model, X, keep=True, limit=_LIMIT):
-        self.layers, self.X = _tuned_layers(base, model), X
+    def __init__(self, base, model, X, keep=True, limit=_LIMIT, precision="float32"):
+        self.layers, self.X = _tuned_layers(base, model, precision), X
         first = self.layers[0]
         # A row for each gene: what a sparse product reads and writes.
         if first.A is not None: first.A.data = first.A.data.t().contiguous().t()

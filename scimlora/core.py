@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ad', 'ScimloraError', 'InputError', 'atomic_path', 'atomic_dir', 'check_output', 'write_json', 'read_json', 'sha256',
-           'versions', 'seed_everything', 'leads', 'progress', 'late']
+           'versions', 'seed_everything', 'leads', 'progress', 'one_blas_thread', 'late']
 
 # %% ../nbs/00_core.ipynb #b8098dbd
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -258,6 +259,24 @@ def progress(iterable=None, desc="", total=None, unit="it"):
     env = os.environ.get("SCIMLORA_PROGRESS")
     show = sys.stderr.isatty() if env is None else env != "0"
     return tqdm(iterable, desc=desc, total=total, unit=unit, disable=not show or not leads(), dynamic_ncols=True, leave=False)
+
+# %% ../nbs/00_core.ipynb #a0369ca3
+@functools.lru_cache
+def _libraries():
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+def one_blas_thread():
+    """Keep NumPy's matrix library to one thread in a `with` block.
+
+    Returns
+    -------
+    context manager
+        It gives the threads back at its end; torch has threads of its own, which stay.
+    """
+    return _libraries().limit(limits=1, user_api="blas")
 
 # %% ../nbs/00_core.ipynb #65a3cff8
 class late:

@@ -26,6 +26,7 @@ from .base import fold, linear_names
 from .cached import CachedEncoder, OnCells, flatten, unflatten
 from .core import InputError, progress, seed_everything
 from .heads import Head, make_head
+from .kernels import PRECISIONS
 from .losses import LOSSES, Decoder, class_loss, distillation, donor_triplet, mask_genes, supervised_contrast
 from .processes import SharedEncoder, average_gradients, join_processes
 from .splits import sampling_weights
@@ -68,16 +69,17 @@ class TuneConfig:
     triplet: float = _setting(0.0, "weight of SCimilarity's triplet term; 0 is off")
     reconstruction: float = _setting(0.0, "weight of SCimilarity's reconstruction term; 0 is off")
     distill: float = _setting(0.0, "weight of the distance to the frozen embedding; 0 is off")
+    precision: str = _setting("float32", "of the products with frozen weights: float32, or bfloat16, faster where the processor has AMX, not quite the same numbers; for LoRA")
     keep_best: bool = _setting(True, "keep the epoch with the best macro-F1 on the validation cells")
     seed: int = _setting(0, "seed of everything random")
 
     def __post_init__(self):
         for name, allowed in (("method", METHODS), ("variant", VARIANTS), ("schedule", ("constant", "cosine")), ("head", ("linear", "cosine")),
-                              ("head_init", ("logreg", "centroids", "random")), ("loss", LOSSES)):
+                              ("head_init", ("logreg", "centroids", "random")), ("loss", LOSSES), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed: raise InputError(f"{name}={getattr(self, name)}: choose {', '.join(allowed)}")
         for name, ok, want in self._ranges():
             if not ok: raise InputError(f"{name}={getattr(self, name)}: must be {want}")
-        for name, plain in (("variant", "lora"), ("lora_plus", 1)):
+        for name, plain in (("variant", "lora"), ("lora_plus", 1), ("precision", "float32")):
             if self.method != "lora" and getattr(self, name) != plain: raise InputError(f"{name}={getattr(self, name)}: goes with method=lora only, not with {self.method}")
 
     def _ranges(self):
@@ -278,7 +280,7 @@ def _encode(base, model, X, config):
     "What embeds given cells with a module under training."
     rank, size = join_processes()
     plain = config.method != "lora" or config.variant == "dora"
-    encode = _Plain(model, X) if plain else CachedEncoder(base, model, X, keep=not config.mask_genes)
+    encode = _Plain(model, X) if plain else CachedEncoder(base, model, X, keep=not config.mask_genes, precision=config.precision)
     return encode if size == 1 else SharedEncoder(encode, rank, size)
 
 

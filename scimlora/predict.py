@@ -23,7 +23,7 @@ import torch
 from .base import BASES, load_base, load_head
 from .bundle import Bundle, base_of, load_bundle
 from .calibration import Calibration, centroid_distance
-from .core import ad, atomic_path, progress, versions, InputError
+from .core import ad, atomic_path, one_blas_thread, progress, versions, InputError
 from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genepath import FEW_GENES
@@ -453,7 +453,7 @@ def annotate(predictor, adata, units="auto"):
     Predictions
     """
     alignment = Alignment(adata, predictor.genes, units)
-    p = _joined([p for _, p in in_this_process(predictor, alignment)])
+    with one_blas_thread(): p = _joined([p for _, p in in_this_process(predictor, alignment)])
     for name, values in _arrays(p.columns()).items(): adata.obs[name] = values
     adata.obsm["X_scimlora"] = p.embedding
     adata.uns["scimlora"] = json.dumps(provenance(predictor, alignment.report, alignment.notes))
@@ -473,7 +473,7 @@ class FileAnnotation:
 def _walk(predictor, alignment, engine, write):
     "Give each chunk's rows and predictions to `write`, which works behind, with a progress bar."
     bar, written = progress(desc="annotating", total=alignment.file.n_obs, unit="cells"), None
-    with ThreadPoolExecutor(1) as writer, bar:
+    with one_blas_thread(), ThreadPoolExecutor(1) as writer, bar:
         for rows, p in engine(predictor, alignment):
             if written is not None: written.result()
             written = writer.submit(write, rows, p)

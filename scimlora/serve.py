@@ -27,7 +27,7 @@ from .answers import AskRequest, BatchRequest, ExplainRequest, PredictRequest, P
 from .ask import ask
 from .batching import Batcher, Busy
 from .bundle import Bundle
-from .core import InputError, versions
+from .core import InputError, one_blas_thread, versions
 from .data import align_cells
 from .explain import explain
 from .files import read_cells
@@ -474,7 +474,7 @@ def create_app(bundle, base=None, settings=None, more=None, **given):
     async def lifespan(app):
         # The first answer builds tables; nobody should have to wait for that.
         await service.batcher.call(answer, predictor, [{predictor.genes[0]: 1}])
-        yield
+        with one_blas_thread(): yield
         await service.batcher.close()
 
     app = FastAPI(title="scimlora", version=versions("scimlora").get("scimlora", "0"), description=predictor.bundle.manifest.get("title", ""), lifespan=lifespan,

@@ -302,6 +302,45 @@ def test_the_cached_steps_have_the_losses_of_dense_ones(kind, extra, base, cells
     assert fast.history[0]["loss"] > fast.history[-1]["loss"]
 
 
+@pytest.fixture
+def wide(cells, monkeypatch):
+    "A base whose layers are wide enough for tiles, and limits that take them and the compiled loops for whatever size."
+    from scimlora import kernels
+
+    pytest.importorskip("numba")
+    for name, limit in (("_PAYS", (0, 1)), ("_WIDE", 0), ("_LARGE", 0)): monkeypatch.setattr(kernels, name, limit)
+    torch.manual_seed(0)
+    return Base(Encoder(cells[0].shape[1], (64, 96), 32).eval().requires_grad_(False), [f"G{i}" for i in range(cells[0].shape[1])])
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "no first layer", "PiSSA"])
+@pytest.mark.parametrize("r", [3, 4, 8])
+def test_compiled_steps_have_the_losses_of_dense_ones(kind, r, wide, cells, monkeypatch):
+    "As above, with compiled loops and, where the processor has them, products in tiles."
+    import scimlora.lora as module
+
+    X, y, donors = cells
+    config = TuneConfig(**{"lr": 0.002, "epochs": 4, "steps": 40, "r": r, **KINDS[kind]})
+    fast = train_lora(wide, X, y, 6, config, (X[:50], y[:50]), donors)
+    monkeypatch.setattr(module, "_encode", lambda base, model, X, config: module._Plain(model, X))
+    plain = train_lora(wide, X, y, 6, config, (X[:50], y[:50]), donors)
+    for name in ("loss", "val_loss"): assert [h[name] for h in fast.history] == pytest.approx([h[name] for h in plain.history], rel=1e-3, abs=1e-4), name
+    assert fast.history[0]["loss"] > fast.history[-1]["loss"]
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_training_in_bfloat16_ends_near(tiles, wide, cells, monkeypatch):
+    from scimlora import kernels
+
+    X, y, _ = cells
+    if not tiles: monkeypatch.setattr(kernels, "_tiles", lambda: None)
+    full, half = (train_lora(wide, X, y, 6, TuneConfig(lr=0.002, epochs=4, steps=40, precision=p)) for p in ("float32", "bfloat16"))
+    losses = [[h["loss"] for h in t.history] for t in (full, half)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
+    agree = lambda a, b: np.mean(embed(a.model, X).argmax(1) == embed(b.model, X).argmax(1))
+    assert agree(full, half) > 0.9
+
+
 def test_a_first_layer_that_does_not_fit_in_memory_lies_in_a_file(base, cells, monkeypatch):
     import scimlora.cached as module
 
@@ -309,7 +348,7 @@ def test_a_first_layer_that_does_not_fit_in_memory_lies_in_a_file(base, cells, m
     config = TuneConfig(lr=0.005, epochs=2, steps=10)
     inside = train_lora(base, X, y, 6, config)
     monkeypatch.setattr(module, "_LIMIT", 0)
-    monkeypatch.setattr(module.CachedEncoder.__init__, "__defaults__", (True, 0))
+    monkeypatch.setattr(module.CachedEncoder.__init__, "__defaults__", (True, 0, "float32"))
     outside = train_lora(base, X, y, 6, config)
     assert inside.history == outside.history
 
@@ -399,7 +438,7 @@ def test_few_cells_get_their_steps(steps, want, base, cells, monkeypatch):
 
 @pytest.mark.parametrize("wrong, said", [
     (dict(method="adapters"), "method"), (dict(variant="vera"), "variant"), (dict(head="mlp"), "head"), (dict(head_init="zeros"), "head_init"),
-    (dict(loss="focal"), "loss"), (dict(schedule="step"), "schedule"), (dict(mask_genes=1.0), "mask_genes"), (dict(patience=-1), "patience"),
+    (dict(loss="focal"), "loss"), (dict(schedule="step"), "schedule"), (dict(precision="int8"), "precision"), (dict(mask_genes=1.0), "mask_genes"), (dict(patience=-1), "patience"),
     (dict(steps=-1), "steps"), (dict(supcon=-1.0), "supcon"), (dict(distill=float("nan")), "distill"), (dict(lora_plus=0.0), "lora_plus"),
     (dict(method="bn", variant="dora"), "variant"), (dict(method="full", lora_plus=4.0), "lora_plus")])
 def test_settings_are_checked(wrong, said):
