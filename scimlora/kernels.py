@@ -67,18 +67,11 @@ def _linear(h, weight, bias, dtype):
     return (h.to(dtype) @ weight.to(dtype)).float().add_(bias)
 
 
-def _handful(X, weight):
-    "The product of a few cells: torch fetches rows of weights ahead, SciPy one after the other."
-    rows, genes, values = (torch.from_numpy(a) for a in (X.indptr[:-1], X.indices, X.data))
-    return F.embedding_bag(genes, torch.from_numpy(weight), rows, mode="sum", per_sample_weights=values)
-
-
 def _plain(X, layer, share, dtype):
     "The first layer's output, (n_cells, width), before its bend and its correction."
     weight, bias = layer.weight, torch.from_numpy(layer.bias)
     # In a handful of cells no gene is frequent, and to find that out would take longer than the product.
-    if X.shape[0] <= _GATHER: return _handful(X, weight).add_(bias)
-    frequent, rare = split_genes(X, share)
+    frequent, rare = split_genes(X, share) if X.shape[0] > _GATHER else ((), ())
     if not len(frequent): return torch.from_numpy(X @ weight).add_(bias)
     of_rare = np.zeros(X.shape[1], bool)
     of_rare[rare] = True
