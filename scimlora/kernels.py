@@ -190,7 +190,7 @@ def _dense(h, slope, layer, dtype):
 
 def _dense_in_tiles(h, slope, layer, dtype):
     "The same."
-    parts, out = _PARTS[dtype], np.empty((len(h), layer.bias.size), np.float32)
+    parts, out = _PARTS[dtype], _compiled().padded(len(h), layer.bias.size)
     out[:] = layer.bias
     packed = _kept(layer, parts, lambda w: _tiles().pack(w, parts=parts))
     _tiles().product(h.numpy(), np.full(h.shape[1], slope if slope.size else 1, np.float32), packed, out)
@@ -206,7 +206,7 @@ class _Way:
     rows: int  # of such a block
 
 
-_PLAIN, _COMPILED, _TILES = _Way("plain", _plain, _dense, _ROWS), _Way("compiled", _fast, _dense, _ROWS), _Way("tiles", _in_tiles, _dense_in_tiles, 256)
+_PLAIN, _COMPILED, _TILES = _Way("plain", _plain, _dense, _ROWS), _Way("compiled", _fast, _dense, _ROWS), _Way("tiles", _in_tiles, _dense_in_tiles, 256)  # `tiles.PANEL`
 
 
 def _choice(X, layers):
@@ -458,9 +458,9 @@ class Product:
             `x @ weight + bias`.
         """
         if self._packed is None or len(x) < _PAYS[1]: return torch.mm(x.to(self.dtype), self.weight).float().add_(bias)
-        out = np.empty((len(x), self.weight.shape[1]), np.float32)
+        out = _compiled().padded(len(x), self.weight.shape[1])
         out[:] = bias
-        _tiles().product(x.contiguous().numpy(), self._ones, self._packed, out, torch.get_num_threads())
+        _tiles().product((x if x.stride(1) == 1 else x.contiguous()).numpy(), self._ones, self._packed, out, torch.get_num_threads())
         return torch.from_numpy(out)
 
 # %% ../nbs/01b_kernels.ipynb #f6fb5441

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE', 'STEP', 'PANEL', 'ready', 'pack', 'room', 'bend', 'places', 'lay_out', 'multiply', 'product']
 
-# %% ../nbs/01ab_tiles.ipynb #0f9af1fc
+# %% ../nbs/01ab_tiles.ipynb #ccad7196
 import ctypes
 import functools
 import os
@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from .loops import _data, _large_pages, _njit
 
-# %% ../nbs/01ab_tiles.ipynb #847b93b7
+# %% ../nbs/01ab_tiles.ipynb #00dc84ef
 @functools.lru_cache
 def ready():
     """Ask whether products in tiles can be made here, and for leave to make them.
@@ -35,7 +35,7 @@ def ready():
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
-# %% ../nbs/01ab_tiles.ipynb #2ad4cab1
+# %% ../nbs/01ab_tiles.ipynb #416c9aad
 SIDE, STEP = 16, 32  # rows of a tile, and values in each
 PANEL = 256  # rows at a time: what they take in tiles lies in a core's second cache
 _BYTE, _HALF, _WORD, _LONG = (ir.IntType(n) for n in (8, 16, 32, 64))
@@ -64,7 +64,7 @@ def _two_parts(builder, x):
 
 def _cut(builder, bits): return builder.trunc(builder.lshr(bits, _constant(bits, 16)), _like(bits, _HALF))
 
-# %% ../nbs/01ab_tiles.ipynb #cb682e09
+# %% ../nbs/01ab_tiles.ipynb #07f0e54b
 def _vector(builder, start, offset, kind=ir.FloatType()):
     "A pointer to sixteen values of an array."
     return builder.bitcast(builder.gep(start, [offset]), ir.VectorType(kind, SIDE).as_pointer())
@@ -78,7 +78,7 @@ def _load(builder, place):
 
 def _store(builder, value, place): builder.store(value, place).align = 2
 
-# %% ../nbs/01ab_tiles.ipynb #9091e434
+# %% ../nbs/01ab_tiles.ipynb #2e363863
 @intrinsic
 def _pair(typing, a, b, column, out, at, left):
     "Put sixteen columns of two rows side by side at `at`, and what is left of them at `left`; if that is the same place, nowhere."
@@ -106,7 +106,7 @@ def _pack(weight, rows, none, out):
                     at = np.int64(((s * steps + k) * 2 * parts + q) * tile + r * SIDE)
                     _pair(a, b, np.int64(s * STEP + q * SIDE), flat, at, np.int64(at + 2 * (parts - 1) * tile))
 
-# %% ../nbs/01ab_tiles.ipynb #6ca52393
+# %% ../nbs/01ab_tiles.ipynb #89f86aed
 def _aligned(kind, *shape):
     "Room for an array in large pages, not filled."
     n = int(np.prod(shape)) * np.dtype(kind).itemsize
@@ -135,7 +135,7 @@ def pack(weight, rows=None, parts=2):
     _pack(np.ascontiguousarray(weight, np.float32), rows, np.zeros(weight.shape[1], np.float32), out)
     return out
 
-# %% ../nbs/01ab_tiles.ipynb #94b7952f
+# %% ../nbs/01ab_tiles.ipynb #4cdb210b
 def room(n, width, parts=2):
     """Make room for rows in tiles.
 
@@ -151,9 +151,9 @@ def room(n, width, parts=2):
     Returns
     -------
     numpy.ndarray of uint16, shape (steps + 1, n / 16, parts, 16, 32)
-        Of an even number of tiles; not filled. The last step takes what is not read.
+        Not filled. The last step takes what is not read.
     """
-    return _aligned(np.uint16, -(-width // STEP) + 1, 2 * -(-n // STEP), parts, SIDE, STEP)
+    return _aligned(np.uint16, -(-width // STEP) + 1, -(-n // SIDE), parts, SIDE, STEP)
 
 
 @intrinsic
@@ -171,7 +171,7 @@ def _bend_some(typing, h, at, slope, column, tiles, first, left):
     i = types.int64
     return types.void(h, i, slope, i, tiles, i, i), build
 
-# %% ../nbs/01ab_tiles.ipynb #364c6199
+# %% ../nbs/01ab_tiles.ipynb #053425f7
 @_njit
 def bend(h, slope, tiles):
     """Bend rows in place, as PReLU does, and lay them out in tiles.
@@ -179,20 +179,19 @@ def bend(h, slope, tiles):
     Parameters
     ----------
     h : numpy.ndarray of float32, shape (n, width)
-        The width is a multiple of 32.
+        The width is a multiple of 32; each row's values lie side by side.
     slope : numpy.ndarray of float32, shape (width,)
         Of what is below zero.
     tiles : numpy.ndarray
         From `room`.
     """
-    steps, groups, parts = tiles.shape[:3]
-    values, flat, tile = h.reshape(-1), tiles.reshape(-1), SIDE * STEP
+    groups, parts, flat, tile = tiles.shape[1], tiles.shape[2], tiles.reshape(-1), SIDE * STEP
     for i in range(len(h)):
         for c in range(0, h.shape[1], SIDE):
             to = np.int64(((c // STEP * groups + i // SIDE) * parts * SIDE + i % SIDE) * STEP + c % STEP)
-            _bend_some(values, np.int64(i * h.shape[1] + c), slope, np.int64(c), flat, to, np.int64(to + (parts - 1) * tile))
+            _bend_some(h, np.int64(i * (h.strides[0] // 4) + c), slope, np.int64(c), flat, to, np.int64(to + (parts - 1) * tile))
 
-# %% ../nbs/01ab_tiles.ipynb #356a76d6
+# %% ../nbs/01ab_tiles.ipynb #a301104d
 def places(columns, n_genes, tiles):
     """Say where each gene's values go.
 
@@ -249,7 +248,7 @@ def lay_out(indptr, indices, data, place, first, n, tiles):
                 to = np.int64(place[np.uint64(indices[j])] + row)
                 _put(data[j], flat, to, np.int64(to + left))
 
-# %% ../nbs/01ab_tiles.ipynb #57e3cf25
+# %% ../nbs/01ab_tiles.ipynb #9d144547
 _PLACE = _BYTE.as_pointer()
 _TILE = SIDE * STEP * 2  # bytes
 # What each tile register is: 16 rows of 64 bytes.
@@ -278,43 +277,36 @@ def _end(typing):
         return context.get_dummy_value()
     return types.void(), build
 
-# %% ../nbs/01ab_tiles.ipynb #4091a04a
+# %% ../nbs/01ab_tiles.ipynb #1e81cbdc
 def _tile(builder, what, register, place, stride): _call(builder, what, _BYTE(register), place, stride)
 
 
-def _multiply_registers(builder):
-    "Add the products of registers 4 and 5 with 6 and 7 to those of the sums."
-    for sums, (a, b) in enumerate(((4, 6), (4, 7), (5, 6), (5, 7))): _call(builder, "tdpbf16ps", _BYTE(sums), _BYTE(a), _BYTE(b))
-
-
 def _step(builder, a, b, parts):
-    "Multiply two tiles of rows with two of weights; with two parts, also what is left of either with the other."
-    def rows(part):
-        for g in range(2): _tile(builder, "tileloadd64", 4 + g, builder.gep(a, [_LONG((g * parts + part) * _TILE)]), _LONG(64))
-    def weights(part):
-        for q in range(2): _tile(builder, "tileloadd64", 6 + q, builder.gep(b, [_LONG((2 * part + q) * _TILE)]), _LONG(64))
+    "Multiply a tile of rows (registers 2 and 3) with two of weights (one after the other in register 4); what is left of either with the other, too."
+    def rows(part): _tile(builder, "tileloadd64", 2 + part, builder.gep(a, [_LONG(part * _TILE)]), _LONG(64))
+    def weights(part, q): _tile(builder, "tileloadd64", 4, builder.gep(b, [_LONG((2 * part + q) * _TILE)]), _LONG(64))
+    def times(sums, part): _call(builder, "tdpbf16ps", _BYTE(sums), _BYTE(2 + part), _BYTE(4))
     rows(0)
     for part in reversed(range(parts)):
-        weights(part)
-        _multiply_registers(builder)
-    if parts == 2:
-        rows(1)
-        _multiply_registers(builder)
+        for q in range(2):
+            weights(part, q)
+            times(q, 0)
+            if parts == 2 and part == 0: times(q, 1)
+        if part: rows(1)
 
 
 def _block_of(parts):
-    "The loop over steps for 32 rows and 32 columns of sums, of which tiles, weights and sums begin at some byte."
+    "The loop over steps for 16 rows and 32 columns of sums, of which tiles, weights and sums begin at some byte."
     @intrinsic
     def block(typing, out, at_out, stride, tiles, at_tiles, more, packed, at_packed, steps):
         def build(context, builder, signature, args):
             begin = lambda k: builder.gep(builder.bitcast(_data(context, builder, signature, args, k), _PLACE), [args[k + 1]])
-            sums, a, b, stride = begin(0), begin(3), begin(6), args[2]
-            below = builder.gep(sums, [builder.mul(stride, _LONG(SIDE))])
-            corners = [p for top in (sums, below) for p in (top, builder.gep(top, [_LONG(64)]))]
-            for t, p in enumerate(corners): _tile(builder, "tileloadd64", t, p, stride)
+            sums, a, b = begin(0), begin(3), begin(6)
+            both = [sums, builder.gep(sums, [_LONG(64)])]
+            for t, p in enumerate(both): _tile(builder, "tileloadd64", t, p, args[2])
             with cgutils.for_range_slice(builder, _LONG(0), args[8], _LONG(1), _LONG) as (j, _):
                 _step(builder, builder.gep(a, [builder.mul(j, args[5])]), builder.gep(b, [builder.mul(j, _LONG(2 * parts * _TILE))]), parts)
-            for t, p in enumerate(corners): _tile(builder, "tilestored64", t, p, stride)
+            for t, p in enumerate(both): _tile(builder, "tilestored64", t, p, args[2])
             return context.get_dummy_value()
         i = types.int64
         return types.void(out, i, i, tiles, i, i, packed, i, i), build
@@ -323,22 +315,23 @@ def _block_of(parts):
 
 _one, _two = _block_of(1), _block_of(2)
 
-# %% ../nbs/01ab_tiles.ipynb #7b9a12f7
-_DEPTH = 32  # steps at a time: a panel's rows stay in the second cache while all columns pass
+# %% ../nbs/01ab_tiles.ipynb #f1ccee72
+_DEPTH, _NEAR = 32, 8  # steps whose rows stay in the second cache while all columns pass, and whose weights stay in the first while all rows do
 
 
 @_njit
 def _multiply(tiles, first, packed, out, layout):
     _begin(layout)
     steps, parts, stride = packed.shape[1], packed.shape[2], np.int64(out.strides[0])
-    more, of_step = np.int64(tiles.shape[1] * parts * _TILE), np.int64(2 * parts * _TILE)
-    for k in range(0, steps, _DEPTH):
-        n = np.int64(min(_DEPTH, steps - k))
+    more, of_rows, of_step = np.int64(tiles.shape[1] * parts * _TILE), np.int64(parts * _TILE), np.int64(2 * parts * _TILE)
+    for deep in range(0, steps, _DEPTH):
         for s in range(len(packed)):
-            for i in range(len(out) // STEP):
-                sums, rows, weights = i * STEP * stride + s * STEP * 4, k * more + (first + i) * of_step, (s * steps + k) * of_step
-                if parts == 2: _two(out, sums, stride, tiles, rows, more, packed, weights, n)
-                else: _one(out, sums, stride, tiles, rows, more, packed, weights, n)
+            for k in range(deep, min(deep + _DEPTH, steps), _NEAR):
+                n = np.int64(min(_NEAR, steps - k))
+                for i in range(len(out) // SIDE):
+                    sums, rows, weights = i * SIDE * stride + s * STEP * 4, k * more + (first + i) * of_rows, (s * steps + k) * of_step
+                    if parts == 2: _two(out, sums, stride, tiles, rows, more, packed, weights, n)
+                    else: _one(out, sums, stride, tiles, rows, more, packed, weights, n)
     _end()
 
 
@@ -360,15 +353,15 @@ def multiply(tiles, packed, out):
         If there are no matrix units, or the system keeps them to itself.
     """
     if not ready(): raise RuntimeError("products in tiles cannot be made here; ask ready() first")
-    n = len(out) // STEP * STEP
+    n = len(out) // SIDE * SIDE
     _multiply(tiles, 0, packed, out[:n], _LAYOUT)
     if n == len(out): return
-    last = np.zeros((STEP, out.shape[1]), np.float32)
+    last = np.zeros((SIDE, out.shape[1]), np.float32)
     last[:len(out) - n] = out[n:]
-    _multiply(tiles, n // STEP, packed, last, _LAYOUT)
+    _multiply(tiles, n // SIDE, packed, last, _LAYOUT)
     out[n:] = last[:len(out) - n]
 
-# %% ../nbs/01ab_tiles.ipynb #76416087
+# %% ../nbs/01ab_tiles.ipynb #ec0b5461
 _held = threading.local()
 
 
@@ -409,7 +402,7 @@ def product(h, slope, packed, out, threads=1):
         part(0, bounds[1])
         for other in others: other.result()
 
-# %% ../nbs/01ab_tiles.ipynb #8803c100
+# %% ../nbs/01ab_tiles.ipynb #784f8cf7
 _held = threading.local()
 
 
