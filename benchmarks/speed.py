@@ -334,8 +334,8 @@ def written(args, r):
              "## Where the time goes", "", f"The machine's limits with {machine['threads']} threads, measured in the same run: {machine['float32']:,.0f} GFLOP/s in float32, {machine['bfloat16']:,.0f} in bfloat16, "
              f"{machine['read']:.1f} GB/s read from memory; the steps below are those of float32 on one thread.", ""]
     if "tiles, float32" in machine:
-        lines += [f"Products in tiles, on the matrix units: {machine['tiles, float32']:,.0f} GFLOP/s in float32 made of three products of bfloat16, {machine['tiles, float32'] / machine['float32']:.1f} of the matrix library's, and "
-                  f"{machine['tiles, bfloat16']:,.0f} in bfloat16. On a shared machine the units' rate depends on what its neighbours do, more than that of anything else here.", ""]
+        lines += [f"Products in tiles, on the matrix units, with the columns shared among the threads and fresh memory for the result: {machine['tiles, float32']:,.0f} GFLOP/s in float32 made of three products of bfloat16, "
+                  f"{machine['tiles, bfloat16']:,.0f} in bfloat16; embedding has more of them, since its threads share nothing (below, one thread). On a shared machine the units' rate depends on what its neighbours do, more than that of anything else here.", ""]
     for kind, rows in r["steps"].items(): lines += [f"{kind}:", "", *table(rows, ["step", "µs a cell", "share", "GFLOP/s"])]
     times = [dict(what=k, seconds=f"{v:.2f}") for k, v in r["times"].items()] + [dict(what="scimlora serve, until ready", seconds=f"{service['ready']:.2f}")]
     lines += ["## Fine-tuning", "", f"LoRA of rank 8 on all layers, batches of 64, AdamW, on {r['trained']:,} 10x cells; scimlora with the default's ten passes, all that it does before and after included. "
@@ -345,7 +345,7 @@ def written(args, r):
               f"One cell of {r['genes']} genes through HTTP on loopback: median {service['median']:.1f} ms, 99 % within {service['most']:.1f} ms; of these the model takes {service['model']:.1f} ms. "
               f"One cell alone reads {weights(r['genes']):.1f} MB of weights.", "",
               "## Annotate", "", f"In memory, the same {r['together']:,} cells for all; scimlora with adapter, gene path, calibration and the second embedding that tells strangers. Ratio: its rate over theirs, in float32 and in bfloat16.", "",
-              *table(r["beside"], ["method", "cells/s", "ratio"]), "From h5ad to h5ad with the command line, start-up included; a further cell: what each takes beyond the file before. A small file needs no compiled loops, which take half a second to load.", "",
+              *table(r["beside"], ["method", "cells/s", "ratio"]), "From h5ad to h5ad with the command line, start-up included; a further cell: what each takes beyond the file before. A small file needs no compiled loops, which take a second to load.", "",
               *table(r["sizes"], ["cells", "seconds", "cells/s", "µs for a further cell", "peak memory, GB"])]
     # Measured by a command of its own, `make bench-serve`, with its machine in it.
     load = HERE / "SERVICE.md"

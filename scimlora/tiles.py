@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE', 'STEP', 'PANEL', 'ready', 'pack', 'room', 'bend', 'places', 'lay_out', 'multiply', 'product']
 
-# %% ../nbs/01ab_tiles.ipynb #ccad7196
+# %% ../nbs/01ab_tiles.ipynb #e8ccc9a6
 import ctypes
 import functools
 import os
@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from .loops import _data, _large_pages, _njit
 
-# %% ../nbs/01ab_tiles.ipynb #00dc84ef
+# %% ../nbs/01ab_tiles.ipynb #3a34b461
 @functools.lru_cache
 def ready():
     """Ask whether products in tiles can be made here, and for leave to make them.
@@ -35,7 +35,7 @@ def ready():
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
-# %% ../nbs/01ab_tiles.ipynb #416c9aad
+# %% ../nbs/01ab_tiles.ipynb #c2d10eae
 SIDE, STEP = 16, 32  # rows of a tile, and values in each
 PANEL = 256  # rows at a time: what they take in tiles lies in a core's second cache
 _BYTE, _HALF, _WORD, _LONG = (ir.IntType(n) for n in (8, 16, 32, 64))
@@ -64,7 +64,7 @@ def _two_parts(builder, x):
 
 def _cut(builder, bits): return builder.trunc(builder.lshr(bits, _constant(bits, 16)), _like(bits, _HALF))
 
-# %% ../nbs/01ab_tiles.ipynb #07f0e54b
+# %% ../nbs/01ab_tiles.ipynb #dedc5b35
 def _vector(builder, start, offset, kind=ir.FloatType()):
     "A pointer to sixteen values of an array."
     return builder.bitcast(builder.gep(start, [offset]), ir.VectorType(kind, SIDE).as_pointer())
@@ -78,7 +78,7 @@ def _load(builder, place):
 
 def _store(builder, value, place): builder.store(value, place).align = 2
 
-# %% ../nbs/01ab_tiles.ipynb #2e363863
+# %% ../nbs/01ab_tiles.ipynb #6f1a6438
 @intrinsic
 def _pair(typing, a, b, column, out, at, left):
     "Put sixteen columns of two rows side by side at `at`, and what is left of them at `left`; if that is the same place, nowhere."
@@ -106,7 +106,7 @@ def _pack(weight, rows, none, out):
                     at = np.int64(((s * steps + k) * 2 * parts + q) * tile + r * SIDE)
                     _pair(a, b, np.int64(s * STEP + q * SIDE), flat, at, np.int64(at + 2 * (parts - 1) * tile))
 
-# %% ../nbs/01ab_tiles.ipynb #89f86aed
+# %% ../nbs/01ab_tiles.ipynb #be6afd85
 def _aligned(kind, *shape):
     "Room for an array in large pages, not filled."
     n = int(np.prod(shape)) * np.dtype(kind).itemsize
@@ -135,7 +135,7 @@ def pack(weight, rows=None, parts=2):
     _pack(np.ascontiguousarray(weight, np.float32), rows, np.zeros(weight.shape[1], np.float32), out)
     return out
 
-# %% ../nbs/01ab_tiles.ipynb #4cdb210b
+# %% ../nbs/01ab_tiles.ipynb #239da6cf
 def room(n, width, parts=2):
     """Make room for rows in tiles.
 
@@ -171,7 +171,7 @@ def _bend_some(typing, h, at, slope, column, tiles, first, left):
     i = types.int64
     return types.void(h, i, slope, i, tiles, i, i), build
 
-# %% ../nbs/01ab_tiles.ipynb #053425f7
+# %% ../nbs/01ab_tiles.ipynb #7c9e8eeb
 @_njit
 def bend(h, slope, tiles):
     """Bend rows in place, as PReLU does, and lay them out in tiles.
@@ -191,7 +191,7 @@ def bend(h, slope, tiles):
             to = np.int64(((c // STEP * groups + i // SIDE) * parts * SIDE + i % SIDE) * STEP + c % STEP)
             _bend_some(h, np.int64(i * (h.strides[0] // 4) + c), slope, np.int64(c), flat, to, np.int64(to + (parts - 1) * tile))
 
-# %% ../nbs/01ab_tiles.ipynb #a301104d
+# %% ../nbs/01ab_tiles.ipynb #bf5271b0
 def places(columns, n_genes, tiles):
     """Say where each gene's values go.
 
@@ -248,7 +248,7 @@ def lay_out(indptr, indices, data, place, first, n, tiles):
                 to = np.int64(place[np.uint64(indices[j])] + row)
                 _put(data[j], flat, to, np.int64(to + left))
 
-# %% ../nbs/01ab_tiles.ipynb #9d144547
+# %% ../nbs/01ab_tiles.ipynb #93dbea6f
 _PLACE = _BYTE.as_pointer()
 _TILE = SIDE * STEP * 2  # bytes
 # What each tile register is: 16 rows of 64 bytes.
@@ -277,7 +277,7 @@ def _end(typing):
         return context.get_dummy_value()
     return types.void(), build
 
-# %% ../nbs/01ab_tiles.ipynb #1e81cbdc
+# %% ../nbs/01ab_tiles.ipynb #677cdf7e
 def _tile(builder, what, register, place, stride): _call(builder, what, _BYTE(register), place, stride)
 
 
@@ -315,7 +315,7 @@ def _block_of(parts):
 
 _one, _two = _block_of(1), _block_of(2)
 
-# %% ../nbs/01ab_tiles.ipynb #f1ccee72
+# %% ../nbs/01ab_tiles.ipynb #e78bacc4
 _DEPTH, _NEAR = 32, 8  # steps whose rows stay in the second cache while all columns pass, and whose weights stay in the first while all rows do
 
 
@@ -361,7 +361,7 @@ def multiply(tiles, packed, out):
     _multiply(tiles, n // SIDE, packed, last, _LAYOUT)
     out[n:] = last[:len(out) - n]
 
-# %% ../nbs/01ab_tiles.ipynb #ec0b5461
+# %% ../nbs/01ab_tiles.ipynb #d0b3f468
 _held = threading.local()
 
 
@@ -394,48 +394,7 @@ def product(h, slope, packed, out, threads=1):
     threads : int
         How many share the columns.
     """
-    tiles, bounds = _panel(h.shape[1], packed.shape[2]), np.linspace(0, len(packed), threads + 1).astype(int).tolist()
-    for i in range(0, len(h), PANEL):
-        bend(h[i:i + PANEL], slope, tiles)
-        part = lambda a, b: multiply(tiles, packed[a:b], out[i:i + PANEL, a * STEP:b * STEP])
-        others = [_pool(threads - 1).submit(part, a, b) for a, b in zip(bounds[1:-1], bounds[2:])]
-        part(0, bounds[1])
-        for other in others: other.result()
-
-# %% ../nbs/01ab_tiles.ipynb #784f8cf7
-_held = threading.local()
-
-
-def _panel(width, parts):
-    "Room for a panel, kept by the thread: fresh memory costs more than the product of a few rows."
-    rooms = _held.__dict__.setdefault("rooms", {})
-    if (width, parts) not in rooms: rooms[width, parts] = room(PANEL, width, parts)
-    return rooms[width, parts]
-
-
-@functools.lru_cache
-def _pool(threads): return ThreadPoolExecutor(threads)
-
-
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
-
-
-def product(h, slope, packed, out, threads=1):
-    """Bend rows in place, and add their product with weights to sums.
-
-    Parameters
-    ----------
-    h : numpy.ndarray of float32, shape (n, width)
-    slope : numpy.ndarray of float32, shape (width,)
-        Of what is below zero; ones bend nothing.
-    packed : numpy.ndarray
-        From `pack`.
-    out : numpy.ndarray of float32, shape (n, columns)
-        Changed in place.
-    threads : int
-        How many share the columns.
-    """
-    tiles, bounds = _panel(h.shape[1], packed.shape[2]), np.linspace(0, len(packed), threads + 1).astype(int).tolist()
+    tiles, bounds = _panel(h.shape[1], packed.shape[2]), [len(packed) * t // threads for t in range(threads + 1)]
     for i in range(0, len(h), PANEL):
         bend(h[i:i + PANEL], slope, tiles)
         part = lambda a, b: multiply(tiles, packed[a:b], out[i:i + PANEL, a * STEP:b * STEP])
