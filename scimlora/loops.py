@@ -267,6 +267,23 @@ _scatter_8, _scatter_4, _scatter_1 = (_few(n, _to_table) for n in (8, 4, 1))
 
 # %% ../nbs/01aa_loops.ipynb #28aa3d2e
 @_njit
+def _walk(indptr, indices, data, rows, table, few, back):
+    "Go through some cells' values: from the table to rows of few columns, or back."
+    width, flat = np.int64(few.shape[1]), few.reshape(-1)
+    for i in range(len(rows)):
+        begin, end, c = np.int64(indptr[rows[i]]), np.int64(indptr[rows[i] + 1]), np.int64(0)
+        while c < width:
+            at, n = np.int64(i * width + c), 8 if width - c >= 8 else 4 if width - c >= 4 else 1
+            if back:
+                if n == 8: _scatter_8(indices, data, begin, end, table, width, flat, at, c)
+                elif n == 4: _scatter_4(indices, data, begin, end, table, width, flat, at, c)
+                else: _scatter_1(indices, data, begin, end, table, width, flat, at, c)
+            elif n == 8: _gather_8(indices, data, begin, end, table, width, flat, at, c)
+            elif n == 4: _gather_4(indices, data, begin, end, table, width, flat, at, c)
+            else: _gather_1(indices, data, begin, end, table, width, flat, at, c)
+            c += n
+
+
 def gather(indptr, indices, data, rows, table, out):
     """Add the product of some cells and a table of few columns to `out`.
 
@@ -280,17 +297,9 @@ def gather(indptr, indices, data, rows, table, out):
     out : numpy.ndarray of float32, shape (len(rows), width)
         Changed in place.
     """
-    width, flat = np.int64(out.shape[1]), out.reshape(-1)
-    for i in range(len(rows)):
-        begin, end, c = np.int64(indptr[rows[i]]), np.int64(indptr[rows[i] + 1]), np.int64(0)
-        while c < width:
-            at = np.int64(i * width + c)
-            if width - c >= 8: _gather_8(indices, data, begin, end, table, width, flat, at, c); c += 8
-            elif width - c >= 4: _gather_4(indices, data, begin, end, table, width, flat, at, c); c += 4
-            else: _gather_1(indices, data, begin, end, table, width, flat, at, c); c += 1
+    _walk(indptr, indices, data, rows, table, out, False)
 
 
-@_njit
 def scatter(indptr, indices, data, rows, few, out):
     """Add the product of some cells, turned over, and rows of few columns to `out`.
 
@@ -302,11 +311,4 @@ def scatter(indptr, indices, data, rows, few, out):
     out : numpy.ndarray of float32, shape (n_genes, width)
         Changed in place.
     """
-    width, flat = np.int64(out.shape[1]), few.reshape(-1)
-    for i in range(len(rows)):
-        begin, end, c = np.int64(indptr[rows[i]]), np.int64(indptr[rows[i] + 1]), np.int64(0)
-        while c < width:
-            at = np.int64(i * width + c)
-            if width - c >= 8: _scatter_8(indices, data, begin, end, out, width, flat, at, c); c += 8
-            elif width - c >= 4: _scatter_4(indices, data, begin, end, out, width, flat, at, c); c += 4
-            else: _scatter_1(indices, data, begin, end, out, width, flat, at, c); c += 1
+    _walk(indptr, indices, data, rows, out, few, True)
