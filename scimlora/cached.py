@@ -6,6 +6,7 @@
 __all__ = ['OnCells', 'CachedEncoder', 'flatten', 'unflatten']
 
 # %% ../nbs/02f_cached.ipynb #4d17df8e
+import contextlib
 import copy
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from torch import nn
 
 from .base import fold
 from .core import InputError
-from .kernels import Layer, Product, back_few, loops_pay, run_first, times_few
+from .kernels import Layer, back_few, loops_pay, make_chain, run_first, times_few
 from .losses import mask_genes
 
 # %% ../nbs/02f_cached.ipynb #6621ffcd
@@ -33,8 +34,7 @@ class _Tuned:
     B: nn.Parameter | None = None  # (out, r)
     scale: torch.Tensor | None = None  # (out, 1): alpha / r, times BatchNorm's
     dropout: nn.Module | None = None
-    forth: Product | None = None  # with the weight, and back with its transpose; none in the first layer, which is computed once
-    back: Product | None = None
+    near: torch.Tensor | None = None  # the weight in the precision of products with it
     loops: bool = False  # compiled, for what the first layer's adapter does
 
 
@@ -55,13 +55,25 @@ def _tuned_layers(base, model, precision="float32"):
         scale = torch.ones(len(layer.bias)) if norm is None else norm.weight / torch.sqrt(norm.running_var + norm.eps)
         layer.scale = (scale * linear.scaling["default"]).detach()[:, None]
     out[0].loops = loops_pay(out[0].weight)
-    for layer in out[1:]: layer.forth, layer.back = Product(layer.weight, precision), Product(layer.weight.t(), precision)
+    for layer in out: layer.near = layer.weight.to(getattr(torch, precision))
     return out
+
+
+def _compiled_chain(layers, precision):
+    "A chain for these layers, or None where there is none."
+    ones = lambda l: np.ones(len(l.bias), np.float32)
+    slopes = [ones(l) * (l.slope.numpy() if l.slope.numel() else 1) for l in layers]
+    scales = [ones(l) if l.scale is None else l.scale.flatten().numpy() for l in layers]
+    return make_chain(layers[0].weight, [l.weight.numpy() for l in layers[1:]], [l.bias.numpy() for l in layers], slopes, scales,
+                      [0 if l.A is None else len(l.A) for l in layers], precision=precision)
 
 # %% ../nbs/02f_cached.ipynb #608abcda
 def _bend(p, slope):
     if not slope.numel(): return p
     return F.leaky_relu(p, slope.item()) if slope.numel() == 1 else torch.where(p > 0, p, p * slope)
+
+
+def _product(h, weight): return torch.mm(h.to(weight.dtype), weight).float()
 
 
 def _unbend(d, p, slope):
@@ -70,23 +82,27 @@ def _unbend(d, p, slope):
     return torch.ops.aten.leaky_relu_backward(d, p, slope.item(), False) if slope.numel() == 1 else torch.where(p > 0, d, d * slope)
 
 
-def _dropped(layer, h):
-    "A layer's input as its adapter sees it, and the mask that made it so."
-    if not (layer.dropout.training and getattr(layer.dropout, "p", 0)): return h, None
-    mask = layer.dropout(torch.ones_like(h))
-    return h * mask, mask
+def _mask(layer, n):
+    "What dropout multiplies the input of n cells with, as a layer's adapter sees it; None where there is no dropout."
+    if layer.A is None or not (layer.dropout.training and getattr(layer.dropout, "p", 0)): return None
+    return layer.dropout(torch.ones(n, len(layer.weight)))
+
+
+def _seen(layer, cells):
+    "The cells as the first layer's adapter sees them: a matrix, and which of its rows are meant."
+    if layer.A is None or not (layer.dropout.training and getattr(layer.dropout, "p", 0)): return cells
+    # Dropout of a zero is a zero: it is enough to draw for the values that are there.
+    cells = _taken(*cells)
+    cells[0].data = layer.dropout(torch.from_numpy(cells[0].data)).numpy()
+    return cells
 
 
 def _inner(layer, cells, h):
-    "The adapter's inner values, its input, and the mask of dropout; `cells` is a matrix and which of its rows are meant."
-    if h is not None:
-        seen, mask = _dropped(layer, h)
-        return seen @ layer.A.detach().t(), seen, mask
-    if layer.dropout.training and getattr(layer.dropout, "p", 0):
-        # Dropout of a zero is a zero: it is enough to draw for the values that are there.
-        cells = _taken(*cells)
-        cells[0].data = layer.dropout(torch.from_numpy(cells[0].data)).numpy()
-    return torch.from_numpy(times_few(*cells, layer.A.detach().t().numpy(), layer.loops)), cells, None
+    "The adapter's inner values, its input, and the mask of dropout."
+    if h is None: return torch.from_numpy(times_few(*(cells := _seen(layer, cells)), layer.A.detach().t().numpy(), layer.loops)), cells, None
+    mask = _mask(layer, len(h))
+    seen = h if mask is None else h * mask
+    return seen @ layer.A.detach().t(), seen, mask
 
 
 def _taken(X, rows):
@@ -102,7 +118,7 @@ class _Chain(torch.autograd.Function):
         "`p`: the frozen first layer's output for the cells; changed in place."
         ctx.layers, ctx.kept, h = layers, [], None
         for layer in layers:
-            if h is not None: p = layer.forth(h, layer.bias)
+            if h is not None: p = _product(h, layer.near).add_(layer.bias)
             u = seen = mask = B = None
             if layer.A is not None:
                 u, seen, mask = _inner(layer, cells, h)
@@ -125,10 +141,43 @@ class _Chain(torch.autograd.Function):
                 dA = du.t() @ seen if i else torch.from_numpy(back_few(*seen, du.numpy(), layer.loops)).t()
                 grads[:0] = [dA, (d.t() @ u).mul_(layer.scale)]
             if i:
-                d = layer.back(d)
+                d = _product(d, layer.near.t())
                 if mask is not None: d.add_((du @ layer.A.detach()).mul_(mask))
                 elif du is not None: d.addmm_(du, layer.A.detach())
         return None, None, None, *grads
+
+# %% ../nbs/02f_cached.ipynb #7a44d611
+def _arrays(layers, of):
+    "What a chain takes of the adapters: the first A turned over, the other As, all Bs; `of` gives a parameter's tensor."
+    A, B = ([np.zeros(none(l.weight.shape), np.float32) if p is None else of(p) for l, p in ((l, getattr(l, name)) for l in layers)]
+            for name, none in (("A", lambda s: (0, s[0])), ("B", lambda s: (s[1], 0))))
+    return A[0].T, tuple(A[1:]), tuple(B)
+
+
+def _laid(p, turned):
+    "A parameter's own gradient, if it has one that lies as a chain wants it, or a new one."
+    if p.grad is not None and (p.grad.t() if turned else p.grad).is_contiguous(): return p.grad
+    return torch.zeros(p.shape[::-1]).t() if turned else torch.zeros(p.shape)
+
+
+class _Compiled(torch.autograd.Function):
+    "As `_Chain`; `first`, `place`: the frozen first layer's outputs, and which of them are the cells'."
+
+    @staticmethod
+    def forward(ctx, chain, layers, cells, first, place, *adapters):
+        value = lambda p: np.asarray(p.detach().numpy(), order="F" if p is layers[0].A else "C")
+        cells, masks = _seen(layers[0], cells), [_mask(l, len(place)) for l in layers[1:]]
+        masks = tuple(np.zeros((0, len(l.weight)), np.float32) if m is None else m.numpy() for l, m in zip(layers[1:], masks))
+        ctx.layers, ctx.adapters, ctx.trip = layers, adapters, chain.forth(first, place, *cells, *_arrays(layers, value), masks)
+        return torch.from_numpy(ctx.trip.z)
+
+    @staticmethod
+    def backward(ctx, d):
+        if ctx.trip is None: raise RuntimeError("a batch goes back through a compiled chain once; embed it again")
+        laid = {id(p): _laid(p, p is ctx.layers[0].A) for p in ctx.adapters}
+        ctx.trip.chain.back(ctx.trip, d.contiguous().numpy(), *_arrays(ctx.layers, lambda p: laid[id(p)].numpy()))
+        ctx.trip = None
+        return None, None, None, None, None, *(None if (g := laid[id(p)]) is p.grad else g for p in ctx.adapters)
 
 # %% ../nbs/02f_cached.ipynb #5bc03d21
 _LIMIT = 4 * 2**30  # bytes of the first layer's output that are kept in memory
@@ -145,20 +194,23 @@ def _mapped(path, shape):
 class OnCells:
     "Embed all cells with what embeds some of them: a callable on rows of its cells `X`."
 
+    batch = 1024
+    alone = contextlib.nullcontext  # what steps are made in
+
     @torch.no_grad()
-    def embed(self, batch=1024):
+    def embed(self, batch=None):
         """Embed all cells.
 
         Parameters
         ----------
-        batch : int
+        batch : int, optional
             Cells at a time.
 
         Returns
         -------
         torch.Tensor, shape (n_cells, latent)
         """
-        n = self.X.shape[0]
+        n, batch = self.X.shape[0], batch or self.batch
         return torch.cat([self(np.arange(a, min(a + batch, n))) for a in range(0, n, batch)])
 
 # %% ../nbs/02f_cached.ipynb #9469d06c
@@ -184,11 +236,22 @@ class CachedEncoder(OnCells):
 
     def __init__(self, base, model, X, keep=True, limit=_LIMIT, precision="float32"):
         self.layers, self.X = _tuned_layers(base, model, precision), X
-        first = self.layers[0]
+        first, self.adapters = self.layers[0], [p for l in self.layers for p in (l.A, l.B) if p is not None]
+        for p in self.adapters: p.data = p.data.contiguous()
         # A row for each gene: what a sparse product reads and writes.
         if first.A is not None: first.A.data = first.A.data.t().contiguous().t()
-        self.adapters = [p for l in self.layers for p in (l.A, l.B) if p is not None]
+        self.chain = _compiled_chain(self.layers, precision)
+        if self.chain is not None: self.batch = 256  # what is kept of them on the way stays in the caches
         self._keep(keep, limit)
+
+    @contextlib.contextmanager
+    def alone(self):
+        "Keep torch to one thread where steps are compiled: its others wait for work in a loop, on the cores that the chain's want."
+        threads = torch.get_num_threads()
+        try:
+            if self.chain is not None: torch.set_num_threads(1)
+            yield
+        finally: torch.set_num_threads(threads)
 
     def _keep(self, keep, limit):
         first, shape = self.layers[0], (self.X.shape[0], len(self.layers[0].bias))
@@ -233,12 +296,13 @@ class CachedEncoder(OnCells):
             Rows of unit length.
         """
         cells, first = (self.X, rows), self.layers[0]
-        if self.frozen is not None and not mask: p = torch.from_numpy(self.frozen[rows])
+        if self.frozen is not None and not mask: outputs, place = np.asarray(self.frozen), rows
         else:
             cells = _taken(*cells)
             cells[0].data = mask_genes(torch.from_numpy(cells[0].data), mask).numpy()
-            p = torch.from_numpy(cells[0] @ first.weight.numpy()).add_(first.bias)
-        return _Chain.apply(self.layers, cells, p, *self.adapters)
+            outputs, place = cells[0] @ first.weight.numpy() + first.bias.numpy(), cells[1]
+        if self.chain is not None: return _Compiled.apply(self.chain, self.layers, cells, outputs, place, *self.adapters)
+        return _Chain.apply(self.layers, cells, torch.from_numpy(outputs[place]), *self.adapters)
 
 # %% ../nbs/02f_cached.ipynb #1611a7af
 def _flat(params):

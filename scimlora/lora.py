@@ -352,14 +352,15 @@ def _epoch(encode, model, head, opt, schedule, task):
     "The steps of one epoch; returns the mean loss."
     set_train_mode(model)
     total = 0.0
-    for _ in range(task.per_epoch):
-        loss = task.loss(encode, head, task.draw())
-        for p in (p for g in opt.param_groups for p in g["params"] if p.grad is not None): p.grad.zero_()
-        loss.backward()
-        if isinstance(encode, SharedEncoder): average_gradients(opt, encode.size)
-        opt.step()
-        schedule.step()
-        total += loss.item()
+    with encode.alone():
+        for _ in range(task.per_epoch):
+            loss = task.loss(encode, head, task.draw())
+            for p in (p for g in opt.param_groups for p in g["params"] if p.grad is not None): p.grad.zero_()
+            loss.backward()
+            if isinstance(encode, SharedEncoder): average_gradients(opt, encode.size)
+            opt.step()
+            schedule.step()
+            total += loss.item()
     model.eval()
     return total / task.per_epoch
 

@@ -8,10 +8,8 @@ __all__ = ['SIDE', 'STEP', 'PANEL', 'ready', 'pack', 'room', 'bend', 'places', '
 # %% ../nbs/01ab_tiles.ipynb #e8ccc9a6
 import ctypes
 import functools
-import os
 import platform
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from llvmlite import binding, ir
@@ -250,7 +248,7 @@ def lay_out(indptr, indices, data, place, first, n, tiles):
 
 # %% ../nbs/01ab_tiles.ipynb #93dbea6f
 _PLACE = _BYTE.as_pointer()
-_TILE = SIDE * STEP * 2  # bytes
+_TILE, _LINE = SIDE * STEP * 2, 64  # bytes
 # What each tile register is: 16 rows of 64 bytes.
 _LAYOUT = np.zeros(64, np.uint8)
 _LAYOUT[0], _LAYOUT[16:32:2], _LAYOUT[48:56] = 1, 64, SIDE
@@ -295,21 +293,30 @@ def _step(builder, a, b, parts):
         if part: rows(1)
 
 
+def _fetch(builder, place, lines):
+    "Ask for lines of memory that will be read soon."
+    kind = ir.FunctionType(ir.VoidType(), [_PLACE, _WORD, _WORD, _WORD])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    with cgutils.for_range_slice(builder, _LONG(0), lines, _LONG(1), _LONG) as (k, _):
+        builder.call(prefetch, [builder.gep(place, [builder.mul(k, _LONG(_LINE))]), _WORD(0), _WORD(2), _WORD(1)])  # to read; into the second cache; data
+
+
 def _block_of(parts):
-    "The loop over steps for 16 rows and 32 columns of sums, of which tiles, weights and sums begin at some byte."
+    "The loop over steps for 16 rows and 32 columns of sums, of which tiles, weights and sums begin at some byte; each step asks for some lines ahead."
     @intrinsic
-    def block(typing, out, at_out, stride, tiles, at_tiles, more, packed, at_packed, steps):
+    def block(typing, out, at_out, stride, tiles, at_tiles, more, packed, at_packed, steps, ahead, lines):
         def build(context, builder, signature, args):
             begin = lambda k: builder.gep(builder.bitcast(_data(context, builder, signature, args, k), _PLACE), [args[k + 1]])
             sums, a, b = begin(0), begin(3), begin(6)
             both = [sums, builder.gep(sums, [_LONG(64)])]
             for t, p in enumerate(both): _tile(builder, "tileloadd64", t, p, args[2])
             with cgutils.for_range_slice(builder, _LONG(0), args[8], _LONG(1), _LONG) as (j, _):
+                _fetch(builder, builder.gep(b, [builder.add(args[9], builder.mul(j, builder.mul(args[10], _LONG(_LINE))))]), args[10])
                 _step(builder, builder.gep(a, [builder.mul(j, args[5])]), builder.gep(b, [builder.mul(j, _LONG(2 * parts * _TILE))]), parts)
             for t, p in enumerate(both): _tile(builder, "tilestored64", t, p, args[2])
             return context.get_dummy_value()
         i = types.int64
-        return types.void(out, i, i, tiles, i, i, packed, i, i), build
+        return types.void(out, i, i, tiles, i, i, packed, i, i, i, i), build
     return block
 
 
@@ -317,6 +324,7 @@ _one, _two = _block_of(1), _block_of(2)
 
 # %% ../nbs/01ab_tiles.ipynb #e78bacc4
 _DEPTH, _NEAR = 32, 8  # steps whose rows stay in the second cache while all columns pass, and whose weights stay in the first while all rows do
+_FEW = 4  # tiles of rows up to which weights are waited for, and fetched ahead
 
 
 @_njit
@@ -324,14 +332,17 @@ def _multiply(tiles, first, packed, out, layout):
     _begin(layout)
     steps, parts, stride = packed.shape[1], packed.shape[2], np.int64(out.strides[0])
     more, of_rows, of_step = np.int64(tiles.shape[1] * parts * _TILE), np.int64(parts * _TILE), np.int64(2 * parts * _TILE)
+    groups = len(out) // SIDE
+    lines = of_step // _LINE // groups if 0 < groups <= _FEW else np.int64(0)
     for deep in range(0, steps, _DEPTH):
         for s in range(len(packed)):
             for k in range(deep, min(deep + _DEPTH, steps), _NEAR):
                 n = np.int64(min(_NEAR, steps - k))
-                for i in range(len(out) // SIDE):
+                for i in range(groups):
                     sums, rows, weights = i * SIDE * stride + s * STEP * 4, k * more + (first + i) * of_rows, (s * steps + k) * of_step
-                    if parts == 2: _two(out, sums, stride, tiles, rows, more, packed, weights, n)
-                    else: _one(out, sums, stride, tiles, rows, more, packed, weights, n)
+                    ahead = n * of_step + i * n * lines * _LINE
+                    if parts == 2: _two(out, sums, stride, tiles, rows, more, packed, weights, n, ahead, lines)
+                    else: _one(out, sums, stride, tiles, rows, more, packed, weights, n, ahead, lines)
     _end()
 
 
@@ -372,14 +383,7 @@ def _panel(width, parts):
     return rooms[width, parts]
 
 
-@functools.lru_cache
-def _pool(threads): return ThreadPoolExecutor(threads)
-
-
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
-
-
-def product(h, slope, packed, out, threads=1):
+def product(h, slope, packed, out):
     """Bend rows in place, and add their product with weights to sums.
 
     Parameters
@@ -391,13 +395,8 @@ def product(h, slope, packed, out, threads=1):
         From `pack`.
     out : numpy.ndarray of float32, shape (n, columns)
         Changed in place.
-    threads : int
-        How many share the columns.
     """
-    tiles, bounds = _panel(h.shape[1], packed.shape[2]), [len(packed) * t // threads for t in range(threads + 1)]
+    tiles = _panel(h.shape[1], packed.shape[2])
     for i in range(0, len(h), PANEL):
         bend(h[i:i + PANEL], slope, tiles)
-        part = lambda a, b: multiply(tiles, packed[a:b], out[i:i + PANEL, a * STEP:b * STEP])
-        others = [_pool(threads - 1).submit(part, a, b) for a, b in zip(bounds[1:-1], bounds[2:])]
-        part(0, bounds[1])
-        for other in others: other.result()
+        multiply(tiles, packed, out[i:i + PANEL])
