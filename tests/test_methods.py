@@ -17,6 +17,7 @@ from torch import nn
 
 from scimlora import InputError
 from scimlora.base import Base, Encoder, run_layers
+from scimlora.cached import CachedEncoder
 from scimlora.data import align_cells
 from scimlora.lora import METHODS, TuneConfig, adapted_layers, add_lora, check_adapter, parameter_counts, recalibrate_batchnorm, train_lora
 from scimlora.losses import class_loss, distillation, donor_triplet, mask_genes, supervised_contrast
@@ -326,6 +327,45 @@ def test_compiled_steps_have_the_losses_of_dense_ones(kind, r, wide, cells, monk
     plain = train_lora(wide, X, y, 6, config, (X[:50], y[:50]), donors)
     for name in ("loss", "val_loss"): assert [h[name] for h in fast.history] == pytest.approx([h[name] for h in plain.history], rel=1e-3, abs=1e-4), name
     assert fast.history[0]["loss"] > fast.history[-1]["loss"]
+
+
+@pytest.mark.parametrize("extra", [dict(dropout=0.3), dict(mask_genes=0.3), dict(batch=5), dict(batch=40, dropout=0.1, variant="pissa"), dict(targets="network.1.1"), dict(targets="network.0.1,network.2")])
+def test_a_compiled_chain_draws_and_steps_as_the_plain_one(extra, wide, cells, monkeypatch):
+    "What is hidden and dropped is drawn in the same order, whatever is compiled."
+    from scimlora import kernels
+
+    if kernels._tiles() is None: pytest.skip("no matrix units here: there is one chain only")
+    X, y, _ = cells
+    compiled = []
+    for tiles in (kernels._tiles, lambda: None):
+        monkeypatch.setattr(kernels, "_tiles", tiles)
+        compiled.append(train_lora(wide, X, y, 6, TuneConfig(lr=0.002, epochs=3, steps=30, **extra), (X[:50], y[:50])))
+    for name in ("loss", "val_loss"): assert [h[name] for h in compiled[0].history] == pytest.approx([h[name] for h in compiled[1].history], rel=1e-3, abs=1e-4), name
+
+
+def test_a_compiled_chain_keeps_batches_apart_and_goes_back_once(wide, cells):
+    "Two batches under way at once have room of their own, gradients add up, and a second way back is refused."
+    from scimlora import kernels
+
+    if kernels._tiles() is None: pytest.skip("no matrix units here")
+    X = cells[0]
+    config = TuneConfig(r=4)
+    model = add_lora(wide.encoder, config)
+    for n, p in model.named_parameters():
+        if "lora_B" in n: torch.nn.init.normal_(p.data, std=0.05)
+    encode = CachedEncoder(wide, model, X)
+    assert encode.chain is not None
+
+    def gradients(*batches):
+        model.zero_grad()
+        sum((encode(b) * torch.linspace(-1, 1, wide.latent)).pow(3).sum() for b in batches).backward()
+        return [p.grad.clone() for p in encode.adapters]
+
+    one, two = np.arange(20), np.arange(20, 55)
+    for a, b, both in zip(gradients(one), gradients(two), gradients(one, two)): assert far(a + b, both) < 1e-4 * both.abs().max()
+    total = encode(one).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="embed it again"): total.backward()
 
 
 @pytest.mark.parametrize("tiles", [True, False])
