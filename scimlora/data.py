@@ -7,7 +7,11 @@ __all__ = ['NORMALISATION', 'kind_of', 'Values', 'find_values', 'Expression', 'f
            'Alignment', 'align_cells', 'obs_column']
 
 # %% ../nbs/01_data.ipynb #db1fd9b0
+import functools
+import importlib.util
 import re
+import sys
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +21,7 @@ import scipy.sparse as sp
 from .core import InputError, progress
 from .files import as_cells
 from .genes import match_genes
-from .rows import Damaged, spread, sum_rows
+from .rows import blocks, Damaged, spread, sum_rows
 
 # %% ../nbs/01_data.ipynb #61b5306e
 _SCALES = {"log1p_cp10k": 1e4, "log1p_cpm": 1e6}
@@ -107,7 +111,7 @@ class Values:
             If values are NaN, infinite or negative, or too large to be logarithms.
         """
         place = self.where if rows == slice(0, cells.n_obs) else f"{self.where}, cells {rows.start + 1:,} to {rows.stop:,}"
-        X = _as_csr(cells.places[self.where][rows], place)
+        X = _as_csr(cells.rows(self.where, rows), place)
         if X.nnz and X.data.min() < 0: raise _negative(place, cells.places)
         if self.keep is not None: X = X[:, self.keep]
         if not self.done: return X
@@ -254,6 +258,25 @@ _MOUSE = re.compile(r"^[A-Z][a-z0-9-]*[a-z][a-z0-9-]*$")
 
 # %% ../nbs/01_data.ipynb #0a061497
 NORMALISATION = "align to gene order, scale to 10,000 per cell over those genes, log1p"
+_BLOCK = 2**16  # values at a time
+
+
+def _logs(values, indptr):
+    "The logarithms of some cells' values."
+    values = values.astype(np.float64)
+    with np.errstate(over="ignore"): totals = sum_rows(values, indptr)
+    if not np.isfinite(totals).all(): raise InputError("the values of a cell add up to more than a number can hold; give counts")
+    values *= np.repeat(1e4 / np.where(totals > 0, totals, 1), np.diff(indptr))
+    return np.log1p(values, out=values)
+
+
+def _normalised(X):
+    "A matrix with no value of one gene twice, normalised; where its values lie is not copied."
+    ends, out = X.indptr, np.empty(X.nnz, np.float32)
+    for a, b in blocks(ends, _BLOCK): out[ends[a]:ends[b]] = _logs(X.data[ends[a]:ends[b]], ends[a:b + 1] - ends[a])
+    X = sp.csr_matrix((out, X.indices, X.indptr), X.shape)
+    X.has_canonical_format = True
+    return X
 
 
 def log1p_cp10k(X):
@@ -269,15 +292,37 @@ def log1p_cp10k(X):
     scipy.sparse.csr_matrix of float32, shape (n_cells, n_genes)
         Natural logarithms.
     """
-    X = sp.csr_matrix(X)
-    if not X.has_canonical_format:  # what stands twice is added up before the logarithm is taken
-        X = X.copy()
-        X.sum_duplicates()
-    values = X.data.astype(np.float64)
-    with np.errstate(over="ignore"): totals = sum_rows(values, X.indptr)
-    if not np.isfinite(totals).all(): raise InputError("the values of a cell add up to more than a number can hold; give counts")
-    values *= np.repeat(1e4 / np.where(totals > 0, totals, 1), np.diff(X.indptr))
-    return sp.csr_matrix((np.log1p(values, out=values).astype(np.float32), X.indices.copy(), X.indptr.copy()), X.shape)
+    X = sp.csr_matrix(X, copy=True)
+    X.sum_duplicates()  # what stands twice is added up before the logarithm is taken
+    return _normalised(X)
+
+# %% ../nbs/01_data.ipynb #4fc80ca2
+_LARGE = 2**25  # values that take SciPy about a second, as long as it takes to load numba
+
+
+@functools.lru_cache
+def _compiled():
+    "The module of the compiled loop, or None without numba."
+    if importlib.util.find_spec("numba") is None: return None
+    from scimlora import reorder
+    return reorder
+
+
+def _by_scipy(X, to, n):
+    "What `scimlora.reorder.move_columns` returns; by columns and back again is how a sparse matrix is sorted in linear time."
+    chosen = np.argsort(to, kind="stable")[:np.count_nonzero(to < n)]
+    X = X.tocsc()[:, chosen].tocsr()
+    X = sp.csr_matrix((X.data, to[chosen].astype(X.indices.dtype)[X.indices], X.indptr), (X.shape[0], n))
+    X.sum_duplicates()
+    X.eliminate_zeros()
+    return X
+
+
+def _move(X, to, n, waiting):
+    "Columns moved, in the faster way; `waiting` values are to be moved in all."
+    X = X.astype(np.result_type(X.dtype, np.float32), copy=False)
+    pays = X.dtype.char in "fd" and ("numba" in sys.modules or waiting >= _LARGE)
+    return (_compiled().move_columns if pays and _compiled() is not None else _by_scipy)(X, to, n)
 
 # %% ../nbs/01_data.ipynb #860eb9a6
 @dataclass
@@ -314,7 +359,7 @@ def _notes(r):
 
 # %% ../nbs/01_data.ipynb #f628c0b4
 class Alignment:
-    """Turn a file's cells into log1p CP10K values in a model's gene order, a chunk of rows at a time.
+    """Turn a file's cells into log1p CP10K values in a model's gene order, a chunk of rows at a time, in any number of threads.
 
     Parameters
     ----------
@@ -337,8 +382,9 @@ class Alignment:
         self.values = find_values(self.file, units)
         self.match, self.names_from = gene_match(self.values.var, self.genes)
         self.measured, self.empty = self.match.matrix.getnnz(0) > 0, 0
-        to, rows = self.match.matrix.tocsc(), np.flatnonzero(self.measured)
-        self._from, self._to = to.indices, np.repeat(rows, np.diff(to.indptr)[rows])  # columns of the file, by the model's gene
+        where = self.match.matrix.tocoo()
+        self._to, self._turn = np.full(len(self.values.var), len(self.genes)), threading.Lock()
+        self._to[where.row] = where.col  # the model's gene of each column of the file
 
     def linear(self, rows):
         """Read some rows as linear values in the model's gene order.
@@ -351,13 +397,9 @@ class Alignment:
         -------
         scipy.sparse.csr_matrix, shape (n, m)
         """
-        # By columns and back again is how a sparse matrix is sorted in linear time.
-        X = self.values.linear(self.file, rows).tocsc()[:, self._from].tocsr()
-        values = X.data.astype(np.result_type(X.dtype, np.float32), copy=False)
-        X = sp.csr_matrix((values, self._to.astype(X.indices.dtype)[X.indices], X.indptr), (X.shape[0], len(self.genes)))
-        X.sum_duplicates()
-        X.eliminate_zeros()
-        self.empty += int((np.diff(X.indptr) == 0).sum())
+        X = self.values.linear(self.file, rows)
+        X = _move(X, self._to, len(self.genes), X.nnz / max(1, X.shape[0]) * self.file.n_obs)
+        with self._turn: self.empty += int((np.diff(X.indptr) == 0).sum())
         return X
 
     def cells(self, rows):
@@ -371,7 +413,7 @@ class Alignment:
         -------
         Cells
         """
-        return Cells(log1p_cp10k(self.linear(rows)), self.file.obs.iloc[rows], self.genes, measured=self.measured)
+        return Cells(_normalised(self.linear(rows)), self.file.obs.iloc[rows], self.genes, measured=self.measured)
 
     def chunks(self, desc=""):
         """Go through the file.

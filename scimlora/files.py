@@ -9,6 +9,7 @@ __all__ = ['format_of', 'CellFile', 'as_cells', 'open_cells', 'read_cells', 'wri
 import contextlib
 import gzip
 import hashlib
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class CellFile:
     raw_var: pd.DataFrame | None = None
     notes: list = field(default_factory=list)
     file: object = None  # the open HDF5 file
+    turn: object = field(default_factory=threading.Lock, repr=False)  # who holds it reads
 
     @property
     def n_obs(self):
@@ -101,8 +103,24 @@ class CellFile:
         """
         return self.raw_var if where == "raw.X" else self.var
 
-    def chunks(self, where, values=4_000_000):
-        """Return slices of rows that hold about so many values each.
+    def rows(self, where, rows):
+        """Read rows of a place, one thread at a time.
+
+        Parameters
+        ----------
+        where : str
+            As for `genes`.
+        rows : slice
+            With start and stop.
+
+        Returns
+        -------
+        numpy.ndarray or scipy.sparse.csr_matrix, shape (n, n_genes)
+        """
+        with self.turn: return self.places[where][rows]
+
+    def chunks(self, where, values=5_000_000):
+        """Return slices of rows that hold at most about so many values each: all of one size, and an even number if there are several.
 
         Parameters
         ----------
@@ -116,8 +134,9 @@ class CellFile:
         list of slice
         """
         a_cell = max(1, self.places[where].nnz / max(1, self.n_obs))
-        step = int(min(max(values / a_cell, 64), 50_000))
-        return [slice(a, min(a + step, self.n_obs)) for a in range(0, self.n_obs, step)]
+        n = -(-self.n_obs // int(min(max(values / a_cell, 64), 50_000)))
+        bounds = np.linspace(0, self.n_obs, (n + n % 2 if n > 1 else n) + 1).astype(int).tolist()  # a small last one would be slow, and an odd one alone
+        return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:])]
 
     def __enter__(self): return self
 

@@ -17,6 +17,7 @@ from .base import load_head
 from .calibration import class_means, fit_temperature
 from .core import InputError
 from .data import log1p_cp10k
+from .kernels import times_few
 from .rows import sum_rows
 from .splits import folds
 
@@ -54,22 +55,22 @@ def directions(X, weights):
         A cell without counts stays zero.
     """
     X = sp.csr_matrix(X, dtype=np.float32)
-    X = sp.csr_matrix((_weighted(X, weights), X.indices.copy(), X.indptr.copy()), X.shape)
+    values, length = _weighted(X, weights)
+    X = sp.csr_matrix((values / np.repeat(length, np.diff(X.indptr)), X.indices.copy(), X.indptr.copy()), X.shape)
     X.eliminate_zeros()
     return X
 
 
 def _weighted(X, weights):
-    "The values of `directions`, zeros among them."
-    values = X.data * weights[X.indices].astype(np.float32)
-    length = np.sqrt(sum_rows(values * values, X.indptr))
-    values /= np.repeat(np.maximum(length, 1e-9), np.diff(X.indptr)).astype(np.float32)
-    return values
+    "Weighted values, zeros among them, and the length of each cell's."
+    values = X.data * weights[X.indices].astype(np.float32, copy=False)
+    return values, np.maximum(np.sqrt(sum_rows(values * values, X.indptr)), np.float32(1e-9))
 
 
-def _onto(X, weights, sums):
+def _onto(X, weights, sums, compiled=False):
     "The product of `directions` with one weight a gene and class; nothing is copied and no zero looked for, which would take longer than one cell's product."
-    return sp.csr_matrix((_weighted(X, weights), X.indices, X.indptr), X.shape) @ sums
+    values, length = _weighted(X, weights)
+    return times_few(sp.csr_matrix((values, X.indices, X.indptr), X.shape), None, sums, compiled) / length[:, None]
 
 # %% ../nbs/03ab_genepath.ipynb #f24f3172
 _KNOWN, _SHARE = 0.6, 0.35  # coverage from which the line reads the embedding, and the embedding's share of the spread
@@ -234,7 +235,7 @@ class GenePath:
     level: np.ndarray  # (n_genes, n_classes) float16, mean CP10K
     scale: np.ndarray  # (6,) float32: temperatures of the line and of the angles; of angles and likelihoods of n genes: exp(a + b log n)
 
-    def logits(self, X, z, measured=None, listed=None):
+    def logits(self, X, z, measured=None, listed=None, compiled=False):
         """Return logits of cells.
 
         Parameters
@@ -248,6 +249,8 @@ class GenePath:
             nine tenths of what the training cells were told by.
         listed : numpy.ndarray of bool, shape (n_cells,), optional
             Cells known by a handful of genes that somebody listed, with no word on the others.
+        compiled : bool
+            As `scimlora.kernels.loops_embed` says.
 
         Returns
         -------
@@ -256,9 +259,9 @@ class GenePath:
         out, groups = np.empty((X.shape[0], len(self.bias))), {}
         if listed is not None and listed.any():
             out[listed] = self._listed(X[listed])
-            if not listed.all(): out[~listed] = self.logits(X[~listed], z[~listed], measured[~listed] if sp.issparse(measured) else measured)
+            if not listed.all(): out[~listed] = self.logits(X[~listed], z[~listed], measured[~listed] if sp.issparse(measured) else measured, compiled=compiled)
             return out
-        if not sp.issparse(measured) or not measured.nnz: return self._logits(X, z, None if sp.issparse(measured) else measured)
+        if not sp.issparse(measured) or not measured.nnz: return self._logits(X, z, None if sp.issparse(measured) else measured, compiled)
         for i in range(X.shape[0]): groups.setdefault(measured.indices[measured.indptr[i]:measured.indptr[i + 1]].tobytes(), []).append(i)
         for rows in groups.values():
             there = np.bincount(measured[rows[0]].indices, minlength=len(self.prior)) > 0
@@ -369,9 +372,9 @@ class GenePath:
         """
         return tuple((1 - _ANGLES) / self.scale[0] * v for v in (self.embedding, self.bias))
 
-    def _logits(self, X, z, measured):
+    def _logits(self, X, z, measured, compiled=False):
         weights, sums = self.sums(measured)
-        out = _onto(X, weights, sums).astype(np.float64)
+        out = _onto(X, weights, sums, compiled).astype(np.float64)
         if self.whole(measured):
             weight, bias = self.beside()
             return out + (z @ weight + bias)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import date, timedelta
 from functools import lru_cache
 from importlib.resources import files
+from itertools import repeat
 
 import numpy as np
 import scipy.sparse as sp
@@ -301,8 +302,10 @@ def _match_columns(names, order):
     "Match names as the file has them: columns (-1: none), kinds, and which are genes, ambiguous, another species'."
     order, clean = tuple(order), [str(g) for g in names]
     own = own_names(order)
-    odd = [i for i, g in enumerate(clean) if g not in own]  # few: of the model's own names all this is known
+    columns = np.fromiter(map(own.get, clean, repeat(-1)), int, len(clean))
+    odd = np.flatnonzero(columns < 0)  # few: of the model's own names all this is known
     genes, other = np.ones(len(clean), bool), np.zeros(len(clean), bool)
+    if not len(odd): return columns, ["symbol"] * len(clean), genes, other, other
     other[odd] = is_other_species([clean[i] for i in odd])
     for i in odd: clean[i] = _clean(clean[i])
     genes[odd] = is_gene([clean[i] for i in odd])
@@ -375,7 +378,7 @@ def match_genes(names, order):
     rows = np.flatnonzero(to >= 0)
     matrix = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, to[rows])), shape=(len(names), len(order)))
     fed, count = np.bincount(to[rows], minlength=len(order)), Counter(kinds)
-    which = lambda mask: [g for g, yes in zip(names, mask) if yes]
+    which = lambda mask: [names[i] for i in np.flatnonzero(mask)]
     return GeneMatch(
         matrix=matrix, unmatched=which(genes & (to < 0) & ~ambiguous & ~other), not_genes=which(~genes),
         duplicated=[order[j] for j in np.flatnonzero(fed > 1)], missing=[order[j] for j in np.flatnonzero(fed == 0)],

@@ -8,20 +8,16 @@ __all__ = ['BLOCK', 'COLUMNS', 'count', 'fill', 'deal_rare', 'padded', 'multiply
 # %% ../nbs/01aa_loops.ipynb #6f634a9e
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from .reorder import _njit
 
 # %% ../nbs/01aa_loops.ipynb #8ae296c2
 BLOCK = 2048  # genes
 _LANES, _VECTORS = 16, 4  # a vector of AVX-512, or two of AVX2, and how many of them are kept in registers
 COLUMNS = _LANES * _VECTORS
-
-
-def _njit(f):
-    options = dict(nogil=True, fastmath=True, error_model="numpy")
-    try: return njit(cache=True, **options)(f)
-    except RuntimeError: return njit(**options)(f)  # no folder that a cache could be kept in
 
 # %% ../nbs/01aa_loops.ipynb #9d4498c8
 @_njit

@@ -29,9 +29,9 @@ from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cell
 from .genepath import FEW_GENES
 from .hierarchy import back_off, hierarchy
 from .genes import own_names, place_genes
-from .kernels import find_device, run_both, run_layers
+from .kernels import find_device, in_threads, loops_embed, run_both, run_layers
 from .lora import Head, served_layers
-from .rows import ahead, h5_for_writing
+from .rows import h5_for_writing
 
 # %% ../nbs/03c_predict.ipynb #4bb9d685
 @dataclass
@@ -72,8 +72,9 @@ class Predictions:
         list of list of (str, float)
             Labels and their probabilities, the most probable first.
         """
-        order = np.argsort(-self.proba, axis=1, kind="stable")[:, :k]
-        return [[(self.classes[j], float(p[j])) for j in row] for row, p in zip(order, self.proba)]
+        return [[(self.classes[j], float(p[j])) for j in row] for row, p in zip(self._order(k), self.proba)]
+
+    def _order(self, k): return np.argsort(-self.proba, axis=1, kind="stable")[:, :k]
 
     def columns(self):
         """Return what `annotate` adds to `obs`.
@@ -83,7 +84,10 @@ class Predictions:
         pandas.DataFrame
             One row a cell: `scimlora_label`, `scimlora_confidence`, `scimlora_unassigned`, `scimlora_reason`, `scimlora_top3`.
         """
-        top3 = [";".join(f"{c}:{p:.3f}" for c, p in t) for t in self.top(3)]
+        order = self._order(3)
+        turns = np.stack([np.array(self.classes, dtype=object)[order], np.take_along_axis(self.proba, order, axis=1)], axis=2)
+        line = ";".join(["%s:%.3f"] * order.shape[1])  # filled with labels and numbers in turn
+        top3 = [line % tuple(row) for row in turns.reshape(len(order), -1).tolist()]
         return pd.DataFrame(dict(
             scimlora_label=pd.Categorical.from_codes(self.proba.argmax(1), self.classes), scimlora_confidence=self.confidence,
             scimlora_unassigned=self.unassigned, scimlora_reason=self.reason, scimlora_top3=np.array(top3, dtype=object)))
@@ -299,7 +303,7 @@ class Predictor:
             Of the gene path, if the bundle has one.
         """
         path = self.bundle.genepath
-        return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b, None if path is None else path.logits(cells.X, frozen, cells.measured, self._listed(cells))
+        return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b, None if path is None else path.logits(cells.X, frozen, cells.measured, self._listed(cells), loops_embed(self.layers, cells.X))
 
     def proba(self, cells, z, frozen):
         """Return calibrated probabilities.
@@ -389,8 +393,11 @@ class Predictor:
         return cells.measured is not None and cells.measured.sum() < min(FEW_GENES, taught / 2)
 
 # %% ../nbs/03c_predict.ipynb #ffe57137
+_SIDE_BY_SIDE = 8  # chunks at a time, at most: each takes some 200 MB, and more would wait for the one reader
+
+
 def in_this_process(predictor, alignment):
-    """Predict a file's cells chunk by chunk; the next chunk is read meanwhile.
+    """Predict a file's cells chunk by chunk, several side by side.
 
     Parameters
     ----------
@@ -403,7 +410,9 @@ def in_this_process(predictor, alignment):
         In order.
     predictions : Predictions
     """
-    for rows, cells in ahead((rows, alignment.cells(rows)) for rows in alignment.chunks()): yield rows, predictor.predict(cells)
+    chunks, work = list(alignment.chunks()), lambda rows: (rows, predictor.predict(alignment.cells(rows)))
+    # One chunk has the threads for itself.
+    yield from (map if len(chunks) < 2 else functools.partial(in_threads, most=_SIDE_BY_SIDE))(work, chunks)
 
 # %% ../nbs/03c_predict.ipynb #d491323a
 def provenance(predictor, report, notes):

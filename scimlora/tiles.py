@@ -17,7 +17,8 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from .loops import _data, _large_pages, _njit
+from .loops import _data, _large_pages
+from .reorder import _njit
 
 # %% ../nbs/01ab_tiles.ipynb #3a34b461
 @functools.lru_cache

@@ -1,4 +1,7 @@
 "Cells through folded layers: whatever way is taken, the numbers are those of the dense product."
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -9,7 +12,7 @@ from scimlora.base import load_base, load_head
 from scimlora.core import InputError
 from scimlora.data import align_cells
 from scimlora.examples import baron
-from scimlora.kernels import Layer, run_layers
+from scimlora.kernels import in_threads, Layer, run_layers
 
 SAME = 1e-5
 SHAPES = [(1, 40, (8,)), (7, 300, (16, 4)), (500, 700, (300, 20, 8)), (1030, 1100, (520, 16)), (1, 40, (32,)), (300, 700, (96, 32)), (1030, 1100, (1088, 64, 32))]
@@ -185,3 +188,25 @@ def test_without_numba_nothing_is_compiled(monkeypatch):
     kernels._compiled.cache_clear()
     try: assert kernels._compiled() is None
     finally: kernels._compiled.cache_clear()
+
+
+def test_threads_give_results_in_order_and_end():
+    threads, before, started = torch.get_num_threads(), threading.active_count(), []
+
+    def work(i):
+        started.append(i)
+        if i == 70: raise InputError("the 70th one is broken")
+        return i, torch.get_num_threads()
+
+    try:
+        torch.set_num_threads(3)
+        found = list(in_threads(work, range(60)))
+        assert [i for i, _ in found] == list(range(60)) and {n for _, n in found} == {1} and torch.get_num_threads() == 3
+        assert [n for _, n in in_threads(work, range(5), most=1)] == [3] * 5   # one alone has torch's threads
+        started.clear()
+        for i, _ in in_threads(work, range(60)):
+            if i == 10: break
+        assert len(started) <= 15 and threading.active_count() <= before
+        with pytest.raises(InputError, match="70th"): list(in_threads(work, range(100)))
+        with ThreadPoolExecutor(1) as later: assert later.submit(torch.get_num_threads).result() == 3
+    finally: torch.set_num_threads(threads)
