@@ -69,7 +69,9 @@ def _weighted(X, weights):
 
 def _onto(X, weights, sums):
     "The product of `directions` with one weight a gene and class; nothing is copied and no zero looked for, which would take longer than one cell's product."
-    return sp.csr_matrix((_weighted(X, weights), X.indices, X.indptr), X.shape) @ sums
+    values = _weighted(X, weights)
+    if X.shape[0] == 1: return (values @ sums[X.indices])[None]
+    return sp.csr_matrix((values, X.indices, X.indptr), X.shape) @ sums
 
 # %% ../nbs/03ab_genepath.ipynb #f24f3172
 _KNOWN, _SHARE = 0.6, 0.35  # coverage from which the line reads the embedding, and the embedding's share of the spread

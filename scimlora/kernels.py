@@ -67,8 +67,8 @@ def _linear(h, weight, bias, dtype):
     return (h.to(dtype) @ weight.to(dtype)).float().add_(bias)
 
 
-def _times(X, table):
-    "The product of cells with a table, (n_cells, width)."
+def _product(X, table):
+    "The product of cells and a table, (n_cells, width)."
     if X.shape[0] > _GATHER: return torch.from_numpy(X @ table)
     # For a handful, torch fetches the rows ahead of their turn.
     indices, data, begin = (torch.from_numpy(v) for v in (X.indices, X.data, X.indptr[:-1]))
@@ -80,7 +80,7 @@ def _plain(X, layer, share, dtype):
     weight, bias = layer.weight, torch.from_numpy(layer.bias)
     # In a handful of cells no gene is frequent, and to find that out would take longer than the product.
     frequent, rare = split_genes(X, share) if X.shape[0] > _GATHER else ((), ())
-    if not len(frequent): return _times(X, weight).add_(bias)
+    if not len(frequent): return _product(X, weight).add_(bias)
     of_rare = np.zeros(X.shape[1], bool)
     of_rare[rare] = True
     keep = of_rare[X.indices]
@@ -171,7 +171,7 @@ def _rows(X, a, b):
 def _corrected(x, layer, h, first=0):
     "h and, in its rows from `first` on, the layer's correction of low rank, if it has one; x is a tensor or a CSR matrix."
     if layer.left is None: return h
-    small = _times(x, layer.left) if sp.issparse(x) else x[first:] @ torch.from_numpy(layer.left)
+    small = _product(x, layer.left) if sp.issparse(x) else x[first:] @ torch.from_numpy(layer.left)
     h[first:].addmm_(small, torch.from_numpy(layer.right))
     return h
 
@@ -260,8 +260,8 @@ def find_device(name="auto"):
 
     Parameters
     ----------
-    name : str
-        `'cpu'`, `'cuda'` (or `'cuda:1'`), or `'auto'`: a CUDA device if there is one.
+    name : str or torch.device
+        `'cpu'`, `'cuda'` (or `'cuda:1'`), or `'auto'`: a CUDA device if there is one; a device that was found stays as it is.
 
     Returns
     -------
@@ -272,6 +272,7 @@ def find_device(name="auto"):
     InputError
         If there is no such device.
     """
+    if isinstance(name, torch.device): return name
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
     except RuntimeError: device = None
@@ -546,5 +547,6 @@ def run_both(first, second, X, batch=4096, precision="float32", device="cpu"):
     first, second : numpy.ndarray of float32, shape (n_cells, latent)
     """
     shared = all(a.weight is b.weight and a.bias is b.bias and a.slope is b.slope and a.left is None for a, b in zip(first, second))
-    if shared and find_device(device).type == "cpu": return tuple(_run(first, X, batch, precision, device, second))
+    device = find_device(device)
+    if shared and device.type == "cpu": return tuple(_run(first, X, batch, precision, device, second))
     return run_layers(first, X, batch, precision, device), run_layers(second, X, batch, precision, device)

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -611,31 +612,35 @@ def _places(cells, genes, own):
     return np.concatenate(out)
 
 
+@functools.lru_cache(8)
+def _template(shape): return sp.csr_matrix(shape)
+
+
+def _empty(shape):
+    "A CSR matrix of no values, whose arrays are to be replaced and not written to; SciPy's constructor takes longer than to read one cell's values."
+    return copy(_template(shape))
+
+
 def _matrix(chosen, row, column, values, shape):
     "A CSR matrix of some of the values, in whose rows a gene stands once."
-    ends = np.searchsorted(row[chosen], np.arange(shape[0] + 1)).astype(np.int32)  # as wide as the columns: SciPy need not look for what both fit in
-    X = sp.csr_matrix((values[chosen], column[chosen], ends), shape)
+    X = _empty(shape)
+    X.data, X.indices, X.indptr = values[chosen], column[chosen], np.searchsorted(row[chosen], np.arange(shape[0] + 1)).astype(np.int32)
     X.sum_duplicates()
     return X
-
-
-@functools.lru_cache(8)
-def _nothing(shape):
-    "A matrix of no values, which nobody writes to: for one cell, to make it takes as long as to read the cell's values."
-    return sp.csr_matrix(shape)
 
 
 # %% ../nbs/03c_predict.ipynb #501cf179
 def _typed(cells, genes, units, own):
     "What `genes_to_cells` returns, without `obs`, and the columns of `obs`: of one cell, a table would take as long as all its values."
     (v, size, begin, units), to = _linear(cells, units), _places(cells, genes, own)
+    if len(size) == 1: v, to = v[order := np.argsort(to)], to[order]  # NumPy sorts one cell sooner than SciPy
     row, known, shape = np.repeat(np.arange(len(size)), size), to >= 0, (len(size), len(genes))
     used = np.bincount(row[known], minlength=len(size))
     for i in np.flatnonzero(used == 0)[:1]:
         raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(_short(g) for g in list(cells[i])[:3])}); give human gene symbols or Ensembl ids")
     # A cell that comes with zeros says which genes were looked for; one without leaves out its zeros, or lists a few genes.
     told = known & np.logical_or.reduceat(v == 0, begin)[row]
-    X, given = _matrix(known, row, to, v, shape), _matrix(told, row, to, np.ones(len(v)), shape) if told.any() else _nothing(shape)
+    X, given = _matrix(known, row, to, v, shape), _matrix(told, row, to, np.ones(len(v)), shape) if told.any() else _empty(shape)
     X.eliminate_zeros()
     X.data = logged(X.data, X.indptr)
     return Cells(X, None, genes, panel=used < FEW_GENES, measured=given), dict(units=units, genes_used=used, genes_unknown=size - used)

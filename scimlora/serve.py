@@ -281,9 +281,12 @@ def _predicting(app, service):
         return _json(await service.ask(request, [c.expression for c in r.cells], r.units, r.model))
 
 
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
 def _json(value, status=200, **headers):
     # ASCII escapes: a lone surrogate in a gene's name is no UTF-8. A response that is ready is not validated once more.
-    return Response(json.dumps(value, allow_nan=False), status, headers, "application/json")
+    return Response(_encode(value), status, headers, "application/json")
 
 # %% ../nbs/06_serve.ipynb #163bd262
 def _explaining(app, service):
