@@ -25,7 +25,7 @@ from .base import BASES, load_base, load_head
 from .bundle import Bundle, base_of, load_bundle
 from .calibration import Calibration, centroid_distance
 from .core import ad, atomic_path, one_blas_thread, progress, versions, InputError
-from .data import NORMALISATION, Alignment, Cells, align_cells, logged
+from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k_values
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genepath import FEW_GENES
 from .hierarchy import back_off, hierarchy
@@ -642,7 +642,7 @@ def _typed(cells, genes, units, own):
     told = known & np.logical_or.reduceat(v == 0, begin)[row]
     X, given = _matrix(known, row, to, v, shape), _matrix(told, row, to, np.ones(len(v)), shape) if told.any() else _empty(shape)
     X.eliminate_zeros()
-    X.data = logged(X.data, X.indptr)
+    X.data = log1p_cp10k_values(X.data, X.indptr)
     return Cells(X, None, genes, panel=used < FEW_GENES, measured=given), dict(units=units, genes_used=used, genes_unknown=size - used)
 
 # %% ../nbs/03c_predict.ipynb #bf0fc9b0
