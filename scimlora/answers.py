@@ -170,7 +170,7 @@ def _no_duplicates(pairs):
 def _keys(r):
     "How many keys a parsed request was given."
     if isinstance(r, BaseModel): return sum(1 + _keys(getattr(r, f)) for f in r.model_fields_set)
-    if isinstance(r, dict): return len(r) + (0 if set(map(type, r.values())) == {float} else sum(map(_keys, r.values())))
+    if isinstance(r, dict): return len(r)  # of genes to numbers
     return sum(map(_keys, r)) if isinstance(r, list) else 0
 
 

@@ -286,8 +286,10 @@ def _match(names, order):
     if len(to) == len(names): return to, set()          # the table is not needed
     numbers = {g for g in names - to.keys() if g.isdecimal()}
     if len(numbers) > _NUMBERS: names = names - numbers
-    numbered = _numbered(names, place)
-    (claims, rest), held = settle(names - numbered.keys()), _holders(order)
+    numbered, held = _numbered(names, place), _holders(order)
+    # Where no other name could mean one of the model's genes, nothing is left to settle.
+    if not numbered and not any(g.upper() in upper or any(gene in held for gene in identify(g)[1]) for g in names - to.keys()): return to, set()
+    claims, rest = settle(names - numbered.keys())
     filled = {j for j, _ in to.values()}
     ids = _place_ids(claims, held, filled)
     case, ambiguous = _place_case(names - to.keys() - numbered.keys(), upper, filled := filled | set(ids.values()))

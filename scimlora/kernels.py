@@ -67,12 +67,20 @@ def _linear(h, weight, bias, dtype):
     return (h.to(dtype) @ weight.to(dtype)).float().add_(bias)
 
 
+def _product(X, table):
+    "The product of cells and a table, (n_cells, width)."
+    if X.shape[0] > _GATHER: return torch.from_numpy(X @ table)
+    # For a handful, torch fetches the rows ahead of their turn.
+    indices, data, begin = (torch.from_numpy(v) for v in (X.indices, X.data, X.indptr[:-1]))
+    return F.embedding_bag(indices, torch.from_numpy(table), begin, mode="sum", per_sample_weights=data)
+
+
 def _plain(X, layer, share, dtype):
     "The first layer's output, (n_cells, width), before its bend and its correction."
     weight, bias = layer.weight, torch.from_numpy(layer.bias)
     # In a handful of cells no gene is frequent, and to find that out would take longer than the product.
     frequent, rare = split_genes(X, share) if X.shape[0] > _GATHER else ((), ())
-    if not len(frequent): return torch.from_numpy(X @ weight).add_(bias)
+    if not len(frequent): return _product(X, weight).add_(bias)
     of_rare = np.zeros(X.shape[1], bool)
     of_rare[rare] = True
     keep = of_rare[X.indices]
@@ -151,6 +159,7 @@ _LARGE = 2**31
 
 def _rows(X, a, b):
     "Some rows of a CSR matrix as float32, not copied, with no column twice in a row; the dense block would keep one of two values."
+    if b - a == X.shape[0] and X.dtype == np.float32 and X.has_canonical_format: return X
     start, end = X.indptr[a], X.indptr[b]
     part = sp.csr_matrix((X.data[start:end], X.indices[start:end], X.indptr[a:b + 1] - start), (b - a, X.shape[1]), dtype=np.float32)
     if X.has_canonical_format: return part
@@ -172,7 +181,8 @@ def _times(X, table, compiled, rows=None):
 def _corrected(x, layer, h, first=0, compiled=False):
     "h and, in its rows from `first` on, the layer's correction of low rank, if it has one; x is a tensor or a CSR matrix."
     if layer.left is None: return h
-    small = torch.from_numpy(_times(x, layer.left, compiled)) if sp.issparse(x) else x[first:] @ torch.from_numpy(layer.left)
+    if not sp.issparse(x): small = x[first:] @ torch.from_numpy(layer.left)
+    else: small = torch.from_numpy(_times(x, layer.left, compiled)) if compiled else _product(x, layer.left)
     h[first:].addmm_(small, torch.from_numpy(layer.right))
     return h
 
@@ -236,7 +246,7 @@ def _rest(layers, h, way, precision, first=0):
         # The last layer costs nothing, and its rounding would be the answer's.
         h, out = way.dense(h, before.slope, layer, torch.float32 if layer is layers[-1] else getattr(torch, precision))
         h = _corrected(h, layer, out, first)
-    return F.normalize(h, p=2, dim=1).numpy()
+    return (h / torch.linalg.vector_norm(h, dim=1, keepdim=True).clamp_min_(1e-12)).numpy()
 
 
 def _finish(layers, h, way, precision, out):
@@ -250,7 +260,7 @@ def _finish_both(layers, h, other, way, precision, out):
     for a in range(0, len(h), n):
         part = h[a:a + n]
         both = _rest(layers, torch.cat([part, other[a:a + n]]), way, precision, len(part))
-        for o, points in zip(out, np.split(both, 2)): o[a:a + n] = points
+        for o, points in zip(out, (both[:len(part)], both[len(part):])): o[a:a + n] = points
 
 # %% ../nbs/01b_kernels.ipynb #3e268c95
 _SENT = weakref.WeakKeyDictionary()  # layer → {(device, dtype): tensors}
@@ -261,8 +271,8 @@ def find_device(name="auto"):
 
     Parameters
     ----------
-    name : str
-        `'cpu'`, `'cuda'` (or `'cuda:1'`), or `'auto'`: a CUDA device if there is one.
+    name : str or torch.device
+        `'cpu'`, `'cuda'` (or `'cuda:1'`), or `'auto'`: a CUDA device if there is one; a device that was found stays as it is.
 
     Returns
     -------
@@ -273,6 +283,7 @@ def find_device(name="auto"):
     InputError
         If there is no such device.
     """
+    if isinstance(name, torch.device): return name
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
     except RuntimeError: device = None
@@ -375,6 +386,7 @@ def in_threads(work, items, most=None):
 def _parts(n, batch):
     "Bounds of parts of equal size, at most `batch` cells, an even number of them from 256 cells on."
     k = -(-n // batch)
+    if k == 1 and n < 256: return 0, n
     return np.linspace(0, n, (k + k % 2 if n >= 256 else k) + 1).astype(int)
 
 
@@ -416,7 +428,7 @@ def run_layers(layers, X, batch=4096, precision="float32", device="cpu"):
 def _run(layers, X, batch, precision, device, second=None):
     "Embeddings by `layers`, and by a second encoder with the same weights and corrections, if there is one."
     if precision not in PRECISIONS: raise InputError(f"precision '{precision}': choose one of {', '.join(PRECISIONS)}")
-    X, width, device = X if sp.isspmatrix_csr(X) else sp.csr_matrix(X), layers[-1].bias.size, find_device(device)
+    X, width, device = X if isinstance(X, sp.csr_matrix) else sp.csr_matrix(X), layers[-1].bias.size, find_device(device)
     if device.type != "cpu":
         return [_on_device(layers, X, device, getattr(torch, precision), batch)]
     way = _choice(X, layers)
@@ -572,5 +584,6 @@ def run_both(first, second, X, batch=4096, precision="float32", device="cpu"):
     first, second : numpy.ndarray of float32, shape (n_cells, latent)
     """
     shared = all(a.weight is b.weight and a.bias is b.bias and a.slope is b.slope and a.left is None for a, b in zip(first, second))
-    if shared and find_device(device).type == "cpu": return tuple(_run(first, X, batch, precision, device, second))
+    device = find_device(device)
+    if shared and device.type == "cpu": return tuple(_run(first, X, batch, precision, device, second))
     return run_layers(first, X, batch, precision, device), run_layers(second, X, batch, precision, device)

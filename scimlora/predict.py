@@ -11,6 +11,7 @@ import functools
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -24,7 +25,7 @@ from .base import BASES, load_base, load_head
 from .bundle import Bundle, base_of, load_bundle
 from .calibration import Calibration, centroid_distance
 from .core import ad, atomic_path, one_blas_thread, progress, versions, InputError
-from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k
+from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k_values
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genepath import FEW_GENES
 from .hierarchy import back_off, hierarchy
@@ -588,20 +589,22 @@ def _every_value(cells): return chain.from_iterable(c.values() for c in cells)
 
 
 def _linear(cells, units):
-    """Values made linear, those of all cells in a row; where each cell begins; the unit that each was in.
+    """Values made linear, those of all cells in a row; how many each cell has and where they begin; the unit that each was in.
 
     A request of many cells is read as one: a loop over single values would take longer than the model.
     """
     if not all(cells) or not set(map(type, _every_value(cells))) <= {int, float}: _check_cells(cells)
     size = np.array([len(c) for c in cells])
     v, begin = np.fromiter(_every_value(cells), np.float64, size.sum()), np.cumsum(size) - size
-    if not (np.isfinite(v) & (v >= 0)).all(): _check_cells(cells)
     units, most = np.array([units] * len(cells) if isinstance(units, str) else units, object), np.maximum.reduceat(v, begin)
-    broken = np.logical_or.reduceat(v != np.rint(v), begin)
-    units = np.where(units == "auto", np.where(broken & (most < 20), "log1p_cp10k", "counts"), units)
-    logs = units == "log1p_cp10k"
-    for i in np.flatnonzero(logs & (most > 50))[:1]: raise InputError(f"cell {i}: a log1p value of {most[i]:g} cannot be; give units='counts'")
-    return np.expm1(v, out=v, where=np.repeat(logs, size)), begin, units
+    if not (v.min() >= 0 and most.max() < np.inf): _check_cells(cells)
+    if (unsaid := units == "auto").any():
+        broken = np.logical_or.reduceat(v != np.rint(v), begin)
+        units = np.where(unsaid, np.where(broken & (most < 20), "log1p_cp10k", "counts"), units)
+    if (logs := units == "log1p_cp10k").any():
+        for i in np.flatnonzero(logs & (most > 50))[:1]: raise InputError(f"cell {i}: a log1p value of {most[i]:g} cannot be; give units='counts'")
+        np.expm1(v, out=v, where=np.repeat(logs, size))
+    return v, size, begin, units
 
 
 # %% ../nbs/03c_predict.ipynb #fcea734a
@@ -618,10 +621,19 @@ def _places(cells, genes, own):
     return np.concatenate(out)
 
 
+@functools.lru_cache(8)
+def _template(shape): return sp.csr_matrix(shape)
+
+
+def _empty(shape):
+    "A CSR matrix of no values, whose arrays are to be replaced and not written to; SciPy's constructor takes longer than to read one cell's values."
+    return copy(_template(shape))
+
+
 def _matrix(chosen, row, column, values, shape):
     "A CSR matrix of some of the values, in whose rows a gene stands once."
-    ends = np.searchsorted(row[chosen], np.arange(shape[0] + 1)).astype(np.int32)  # as wide as the columns: SciPy need not look for what both fit in
-    X = sp.csr_matrix((values[chosen], column[chosen], ends), shape)
+    X = _empty(shape)
+    X.data, X.indices, X.indptr = values[chosen], column[chosen], np.searchsorted(row[chosen], np.arange(shape[0] + 1)).astype(np.int32)
     X.sum_duplicates()
     return X
 
@@ -629,17 +641,18 @@ def _matrix(chosen, row, column, values, shape):
 # %% ../nbs/03c_predict.ipynb #501cf179
 def _typed(cells, genes, units, own):
     "What `genes_to_cells` returns, without `obs`, and the columns of `obs`: of one cell, a table would take as long as all its values."
-    (v, begin, units), to = _linear(cells, units), _places(cells, genes, own)
-    size = np.diff(begin, append=len(v))
+    (v, size, begin, units), to = _linear(cells, units), _places(cells, genes, own)
+    if len(size) == 1: v, to = v[order := np.argsort(to)], to[order]  # NumPy sorts one cell sooner than SciPy
     row, known, shape = np.repeat(np.arange(len(size)), size), to >= 0, (len(size), len(genes))
     used = np.bincount(row[known], minlength=len(size))
     for i in np.flatnonzero(used == 0)[:1]:
         raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(_short(g) for g in list(cells[i])[:3])}); give human gene symbols or Ensembl ids")
     # A cell that comes with zeros says which genes were looked for; one without leaves out its zeros, or lists a few genes.
     told = known & np.logical_or.reduceat(v == 0, begin)[row]
-    X, given = _matrix(known, row, to, v, shape), _matrix(told, row, to, np.ones(len(v)), shape) if told.any() else sp.csr_matrix(shape)
+    X, given = _matrix(known, row, to, v, shape), _matrix(told, row, to, np.ones(len(v)), shape) if told.any() else _empty(shape)
     X.eliminate_zeros()
-    return Cells(log1p_cp10k(X), None, genes, panel=used < FEW_GENES, measured=given), dict(units=units, genes_used=used, genes_unknown=size - used)
+    X.data = log1p_cp10k_values(X.data, X.indptr)
+    return Cells(X, None, genes, panel=used < FEW_GENES, measured=given), dict(units=units, genes_used=used, genes_unknown=size - used)
 
 # %% ../nbs/03c_predict.ipynb #bf0fc9b0
 def genes_to_cells(cells, genes, units="auto", own=None):

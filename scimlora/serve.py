@@ -101,6 +101,7 @@ def settings_of(settings=None, **given):
 
 # %% ../nbs/06_serve.ipynb #73de02fe
 _THOUGHTS = 8  # explanations that may wait
+_BRIEF = 2000  # genes of a cell that is answered in a few milliseconds, as long as one thread may keep Python from the others
 
 
 class Service:
@@ -115,10 +116,12 @@ class Service:
     def __init__(self, models, settings):
         self.models, self.settings, self.metrics, self.ending, self.uploads = models, settings, Metrics(), False, 0
         self.shares, self.thinking, self.thoughts, self.language_model = Shares(), asyncio.Semaphore(1), 0, language_model()
-        self.batcher = Batcher(self._run, settings.batch, settings.queue, settings.deadline, self.metrics.batch)
+        self.batcher = Batcher(self._run, settings.batch, settings.queue, settings.deadline, self.metrics.batch, self._brief)
+
+    def _brief(self, items): return len(items) == 1 and len(items[0][1]) <= _BRIEF and (items[0][0] or self.models.default) in self.models.loaded
 
     def _run(self, items):
-        "Answer items (model, expression, units) in the model's thread."
+        "Answer items (model, expression, units), one batch at a time."
         out = [None] * len(items)
         for name in dict.fromkeys(m for m, _, _ in items):
             rows = [i for i, (m, _, _) in enumerate(items) if m == name]
@@ -278,9 +281,12 @@ def _predicting(app, service):
         return _json(await service.ask(request, [c.expression for c in r.cells], r.units, r.model))
 
 
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
 def _json(value, status=200, **headers):
     # ASCII escapes: a lone surrogate in a gene's name is no UTF-8. A response that is ready is not validated once more.
-    return Response(json.dumps(value, allow_nan=False), status, headers, "application/json")
+    return Response(_encode(value), status, headers, "application/json")
 
 # %% ../nbs/06_serve.ipynb #163bd262
 def _explaining(app, service):

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scimlora import genes
 from scimlora.genes import KINDS, current_symbols, gene_names, identify, match_genes, place_genes
 
 ASSETS = files("scimlora") / "assets"
@@ -169,6 +170,15 @@ def test_a_cell_of_five_genes_takes_less_than_five_milliseconds():
     cell = ["DEPP1", "INS", "ENSG00000145416", "FOO1", "PD-L1"]
     place_genes(cell, MINI)
     assert min(timeit.repeat(lambda: place_genes(cell, MINI), timer=time.process_time, number=1, repeat=30)) < 5e-3
+
+
+def test_names_that_no_column_can_stand_for_leave_nothing_to_settle(monkeypatch):
+    "Then a cell with an unknown name costs hardly more than one without; where a column could be meant, all names are weighed."
+    order = ["INS", "GCG", "CD274"]
+    assert place_genes(["PD-L1"], order).tolist() == [2]
+    monkeypatch.setattr(genes, "settle", lambda names: pytest.fail("names were settled"))
+    assert place_genes(["GCG", "FOO1", "INS", "ENSG99999999999", "MS4A1"], order).tolist() == [1, -1, 0, -1, -1]
+    with pytest.raises(pytest.fail.Exception): place_genes(["GCG", "PD-L1"], order)
 
 
 def test_the_table_is_read_in_less_than_half_a_second():
