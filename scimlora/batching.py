@@ -125,7 +125,6 @@ class Batcher:
         return parts
 
     async def _work(self):
-        loop = asyncio.get_running_loop()
         while True:
             if not self._queue:
                 self._more.clear()
