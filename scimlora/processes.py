@@ -80,7 +80,11 @@ class SharedEncoder(OnCells):
         From `join_processes`.
     """
 
-    def __init__(self, encode, rank, size): self.encode, self.rank, self.size, self.X, self.alone = encode, rank, size, encode.X, encode.alone
+    def __init__(self, encode, rank, size): self.encode, self.rank, self.size, self.X = encode, rank, size, encode.X
+
+    def alone(self):
+        "What the own share's steps are made in."
+        return self.encode.alone()
 
     def __call__(self, rows, mask=0.0):
         "As `encode` does, for all rows of the batch."
