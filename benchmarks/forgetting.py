@@ -32,13 +32,13 @@ import pandas as pd  # noqa: E402
 import scipy.sparse as sp  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from scimlora.adapters import adapted_layers  # noqa: E402
 from scimlora.base import load_base, run_layers  # noqa: E402
 from scimlora.classifier import Classifier  # noqa: E402
 from scimlora.core import read_json, write_json  # noqa: E402
 from scimlora.data import align_cells, gene_match, log1p_cp10k  # noqa: E402
 from scimlora.evaluation import COLOURS, score  # noqa: E402
 from scimlora.forgetting import forgetting, halves  # noqa: E402
-from scimlora.lora import adapted_layers  # noqa: E402
 from scimlora.predict import Predictor  # noqa: E402
 from scimlora.pretrain import corpus_studies, pretrain  # noqa: E402
 from suite.code import code_of, with_imports  # noqa: E402
@@ -97,7 +97,7 @@ def adapter_alone(predictor, cells, labels, strengths):
     b = predictor.bundle
     alone = Predictor(replace(b, genepath=None), predictor.base)
     for s in strengths:
-        z = run_layers(adapted_layers(predictor.base.encoder, b.adapter_config, b.adapter, s), cells.X)
+        z = run_layers(adapted_layers(predictor.base.weights, b.adapter_config, b.adapter, s), cells.X)
         yield score(labels, alone.proba(cells, z, z), b.classes)["macro_f1"]
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from scimlora.base import Base, Encoder
+from scimlora.base import Base
+from scimlora.encoder import Encoder
 from scimlora.core import versions
 
 HERE = Path(__file__).parent

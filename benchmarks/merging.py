@@ -36,6 +36,7 @@ from sklearn.metrics import f1_score, roc_auc_score  # noqa: E402
 
 from forgetting import Bases as BasesThatKeep  # noqa: E402
 from merging_designs import CELLS, lines as design_lines, tried  # noqa: E402
+from scimlora.adapters import adapted_layers, adapter_deltas  # noqa: E402
 from scimlora.base import fold, run_layers  # noqa: E402
 from scimlora.calibration import centroid_distance, class_means, ece  # noqa: E402
 from scimlora.classifier import Classifier  # noqa: E402
@@ -43,7 +44,6 @@ from scimlora.data import align_cells  # noqa: E402
 from scimlora.evaluation import COLOURS, score, tuned_logreg  # noqa: E402
 from scimlora.examples import baron, pollen, shared  # noqa: E402
 from scimlora.forgetting import forgetting  # noqa: E402
-from scimlora.lora import adapted_layers, adapter_deltas  # noqa: E402
 from scimlora.merge import merge, replay  # noqa: E402
 from scimlora.predict import Predictor  # noqa: E402
 from suite.report import markdown  # noqa: E402
@@ -164,7 +164,7 @@ def encoder_alone(test, way, seed, clf):
 
 def with_head(test, way, seed, base, deltas, X, y, classes, C):
     "Metrics of a sum of adapters, and a head fitted on given cells with a penalty of 1 / C."
-    layers, root = fold(base.encoder, {k: torch.from_numpy(np.asarray(d, np.float64)) for k, d in deltas.items()}), base.latent ** 0.5
+    layers, root = fold(base.weights, {k: np.asarray(d, np.float64) for k, d in deltas.items()}), base.latent ** 0.5
     z = run_layers(layers, X)
     m = LogisticRegression(C=C, max_iter=1000).fit(z * root, y)
     return encoder_row(test, way, seed, lambda c: run_layers(layers, c.X), classes, lambda z: m.decision_function(z * root), class_means(z, y, len(classes)))
@@ -172,7 +172,7 @@ def with_head(test, way, seed, base, deltas, X, y, classes, C):
 
 def own_deltas(parts, base):
     "What each bundle's adapter adds to each layer."
-    return [{k: v.numpy() for k, v in adapter_deltas(p.bundle.adapter_config, p.bundle.adapter, base.encoder).items()} for p in parts.values()]
+    return [adapter_deltas(p.bundle.adapter_config, p.bundle.adapter, base.weights) for p in parts.values()]
 
 
 def weighted(deltas, weights): return {k: sum(w * d[k] for w, d in zip(ws, deltas)) for k, ws in zip(deltas[0], weights)}
@@ -197,8 +197,8 @@ def summed(test, parts, base, drawn, C, seed):
 def learned_weights(base, deltas, X, y, n_classes, by_layer, seed, steps=200):
     "Weights of adapters in their sum, (n_layers, n_adapters), by gradient on the cross-entropy of a head over all types."
     torch.manual_seed(seed)
-    plain = fold(base.encoder)
-    moved = [fold(base.encoder, {k: torch.from_numpy(v) for k, v in d.items()}) for d in deltas]
+    plain = fold(base.weights)
+    moved = [fold(base.weights, d) for d in deltas]
     W, b, slope = zip(*((*(torch.from_numpy(np.array(v, np.float32)) for v in (l.weight, l.bias, l.slope)),) for l in plain))
     D = [[torch.from_numpy(m[i].weight) - W[i] for m in moved] for i in range(len(plain))]
     first = torch.stack([torch.from_numpy(np.asarray(X @ w.numpy())) for w in (W[0], *D[0])])  # of given cells they never change
@@ -244,7 +244,7 @@ def kept(sides, base, cells, seed):
     target = align_cells(test, base.genes), test.obs.label.to_numpy(object)
     curve = forgetting(p, align_cells(cells, base.genes).X, cells.obs.cell_type.to_numpy(str), target)
     alone = Predictor(replace(p.bundle, genepath=None), base)
-    curve["encoder_macro_f1"] = [score(target[1], alone.proba(target[0], z, z), alone.classes)["macro_f1"] for z in (run_layers(adapted_layers(base.encoder, p.bundle.adapter_config, p.bundle.adapter, a), target[0].X) for a in curve.alpha)]
+    curve["encoder_macro_f1"] = [score(target[1], alone.proba(target[0], z, z), alone.classes)["macro_f1"] for z in (run_layers(adapted_layers(base.weights, p.bundle.adapter_config, p.bundle.adapter, a), target[0].X) for a in curve.alpha)]
     return [dict(seed=seed, cells=cells.n_obs, labels=cells.obs.cell_type.nunique()) | r for r in curve.to_dict("records")]
 
 

@@ -28,7 +28,8 @@ def make_model(folder):
     import pandas as pd
     import torch
 
-    from scimlora.base import BASES, Base, Encoder, save_base
+    from scimlora.base import BASES, Base, save_base
+    from scimlora.encoder import Encoder
     from scimlora.classifier import Classifier
     from scimlora.examples import baron
 

@@ -25,7 +25,8 @@ import torch
 
 from large_files import write_h5ad
 from speed_turns import child, in_turns, tiled
-from scimlora.base import Base, Encoder, load_base, load_head
+from scimlora.base import Base, load_base, load_head
+from scimlora.encoder import Encoder
 from scimlora.core import versions
 from scimlora.data import align_cells, find_counts, log1p_cp10k, obs_column
 from scimlora.examples import shared

@@ -22,11 +22,12 @@ from scipy.special import logsumexp, softmax  # noqa: E402
 from sklearn.covariance import LedoitWolf  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 
+from scimlora.adapters import adapted_layers  # noqa: E402
 from scimlora.base import load_base, run_layers  # noqa: E402
 from scimlora.calibration import centroid_distance, class_centroids, fit_temperature, spread_of  # noqa: E402
 from scimlora.data import align_cells, log1p_cp10k, obs_column  # noqa: E402
 from scimlora.examples import baron, shared  # noqa: E402
-from scimlora.lora import TuneConfig, adapted_layers, train_lora  # noqa: E402
+from scimlora.lora import TuneConfig, train_lora  # noqa: E402
 from scimlora.pretrain import pretrain  # noqa: E402
 
 FOLDS, MIN_CELLS = 4, 15
@@ -84,7 +85,7 @@ def one_fold(base, X, labels, test, left, seed):
     val = rng.random(len(rows)) < 0.2
     val &= np.bincount(y[~val], minlength=len(known))[y] > 0
     tuned = train_lora(base, X[rows[~val]], y[~val], len(known), TuneConfig(seed=seed, keep_best=False))
-    layers, W, b = adapted_layers(base.encoder, tuned.adapter_config, tuned.adapter), *(v.detach().numpy() for v in (tuned.head.linear.weight, tuned.head.linear.bias))
+    layers, W, b = adapted_layers(base.weights, tuned.adapter_config, tuned.adapter), *(v.detach().numpy() for v in (tuned.head.linear.weight, tuned.head.linear.bias))
     embed = lambda M: (run_layers(layers, M), base.embed(M))
     logits = lambda z: z[0] * z[0].shape[1] ** 0.5 @ W.T + b
     ref, held = embed(X[rows[~val]]), embed(X[rows[val]])

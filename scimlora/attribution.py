@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 from scipy.special import comb
 
-from .core import InputError
+from .core import InputError, torch
 from .data import Cells, log1p_cp10k
 from .genepath import FEW_GENES
 

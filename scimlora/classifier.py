@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from .adapters import can_weaken, weaken
 from .base import load_base
 from .bundle import SCHEMA, Bundle, remember_base, save_bundle
 from .calibration import Calibration, class_centroids, fit_calibration
@@ -22,7 +23,7 @@ from .evaluation import evaluate, fit_baselines
 from .forgetting import forgetting
 from .genepath import coverage, embedding_share, fit_genepath
 from .ontology import cl_ids
-from .lora import Tuned, TuneConfig, can_weaken, train_lora, weaken
+from .lora import Tuned, TuneConfig, train_lora
 from .predict import Predictor, annotate
 from .splits import folds, split
 
@@ -114,7 +115,7 @@ def _fit(base, cells, y, donors, classes, config, rows, held=(), val=None):
 def _at(fit, base, cells, y, strength):
     "The fit with its adapter at a strength, and the class centroids in that embedding."
     b = fit.bundle
-    b = replace(b, **dict(zip(("adapter_config", "adapter"), weaken(base.encoder, b.adapter_config, b.adapter, strength)))) if strength != 1 else b
+    b = replace(b, **dict(zip(("adapter_config", "adapter"), weaken(base.weights, b.adapter_config, b.adapter, strength)))) if strength != 1 else b
     b.centroids = class_centroids(y[fit.rows], len(b.classes), Predictor(b, base).embed(cells[fit.rows]))[0]
     return replace(fit, bundle=b)
 

@@ -15,10 +15,9 @@ import threading
 from dataclasses import dataclass, field
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 
-from .core import InputError, progress
+from .core import InputError, progress, pd
 from .files import as_cells
 from .genes import match_genes
 from .rows import blocks, Damaged, spread, sum_rows
@@ -84,7 +83,7 @@ class Values:
     where: str  # "layers['counts']", 'raw.X' or 'X'
     kind: str  # as `kind_of` says
     done: str  # what is undone, in words; '' if nothing
-    var: pd.DataFrame  # one row a gene
+    var: "pd.DataFrame"  # one row a gene
     keep: np.ndarray | None  # (n_columns,) bool: columns that are gene expression; None if all are
 
     @property
@@ -177,7 +176,7 @@ def find_values(source, units="auto"):
 class Expression:
     "Hold linear expression values and say where they came from."
     X: sp.csr_matrix  # (n_cells, n_genes) linear values, not negative
-    var: pd.DataFrame  # one row a gene
+    var: "pd.DataFrame"  # one row a gene
     where: str  # "layers['counts']", 'raw.X' or 'X'
     kind: str  # as `kind_of` says
     done: str  # what was undone, in words; '' if nothing
@@ -345,7 +344,7 @@ def _move(X, to, n, waiting):
 class Cells:
     "Hold cells as the model reads them, and what was done to get there."
     X: sp.csr_matrix  # (n_cells, n_genes) float32, log1p CP10K in the model's gene order
-    obs: pd.DataFrame  # one row a cell, as in the file
+    obs: "pd.DataFrame"  # one row a cell, as in the file
     genes: list  # the model's gene symbols
     report: dict = field(default_factory=dict)  # numbers, see `align_cells`
     notes: list = field(default_factory=list)  # the same in words

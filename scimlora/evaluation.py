@@ -25,6 +25,7 @@ from torch import nn
 from .base import fold, run_layers
 from .calibration import MISSES, brier, ece
 from .core import InputError, atomic_path, progress, write_json
+from .encoder import weights_of
 from .hierarchy import hierarchical_scores
 from .lora import recalibrate_batchnorm
 from .splits import folds
@@ -188,7 +189,7 @@ def _fit_knn(z, y, groups, n, seed):
 
 def _fit_bn(base, X, y, groups, seed):
     enc = recalibrate_batchnorm(base.encoder, X)
-    found, settings = _fit_linear(_scaled(run_layers(fold(enc), X)), y, groups, seed)
+    found, settings = _fit_linear(_scaled(run_layers(fold(weights_of(enc)), X)), y, groups, seed)
     for i, m in enumerate(m for m in enc.modules() if isinstance(m, nn.BatchNorm1d)):
         found |= {f"bn{i}.mean": m.running_mean.numpy(), f"bn{i}.var": m.running_var.numpy()}
     return found, settings
@@ -227,7 +228,7 @@ def baseline_proba(name, tensors, info, base, X):
         return _knn_proba(base.embed(X), get("z").astype(np.float32), get("y"), info[name]["k"], len(tensors["majority.share"]))
     if name == "logreg_genes": features = X
     elif name == "base_linear": features = _scaled(base.embed(X))
-    else: features = _scaled(run_layers(fold(_with_statistics(base.encoder, get)), X))
+    else: features = _scaled(run_layers(fold(weights_of(_with_statistics(base.encoder, get))), X))
     return softmax(features @ get("weight").T + get("bias"), axis=1)
 
 
@@ -317,7 +318,7 @@ def retention(base, predictor, X, n=1000, seed=0):
     """
     rows = np.sort(np.random.default_rng(seed).permutation(X.shape[0])[:n])
     zb, zl = base.embed(X[rows]), predictor.embed(X[rows])
-    off = run_layers(fold(predictor.base.encoder), X[rows])
+    off = run_layers(fold(predictor.base.weights), X[rows])
     return dict(cosine=(zb * zl).sum(1).mean(), neighbour_overlap=neighbour_overlap(zb, zl), off_difference=np.abs(off - zb).max(), cells=len(rows))
 
 # %% ../nbs/04_evaluation.ipynb #d9fce271

@@ -11,10 +11,9 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 
-from .core import ad, atomic_path, InputError
+from .core import ad, atomic_path, InputError, pd
 
 # %% ../nbs/00b_examples.ipynb #cd2069a1
 def cache_dir():

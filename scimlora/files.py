@@ -15,11 +15,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import pandas as pd
 import scipy.io
 import scipy.sparse as sp
 
-from .core import ad, InputError
+from .core import ad, InputError, pd
 from .examples import cache_dir
 from .genes import identify
 from .guard import check_hdf5, check_text
@@ -76,10 +75,10 @@ class CellFile:
     "Hold what is known of a file of cells, and give rows of its matrices."
     path: Path | None  # None for an AnnData in memory
     format: str  # as `format_of` says, or 'memory'
-    obs: pd.DataFrame  # one row a cell
-    var: pd.DataFrame  # one row a gene
+    obs: "pd.DataFrame"  # one row a cell
+    var: "pd.DataFrame"  # one row a gene
     places: dict  # "layers['counts']", 'raw.X' or 'X' → rows of (n_cells, n_genes), in the order to look for counts
-    raw_var: pd.DataFrame | None = None
+    raw_var: "pd.DataFrame | None" = None
     notes: list = field(default_factory=list)
     file: object = None  # the open HDF5 file
     turn: object = field(default_factory=threading.Lock, repr=False)  # who holds it reads

@@ -13,10 +13,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 
+from .adapters import adapted_layers
 from .base import run_layers
 from .core import InputError, atomic_path
 from .evaluation import COLOURS, neighbour_overlap, save_figure, score
-from .lora import adapted_layers
 
 # %% ../nbs/04a_forgetting.ipynb #338aabf6
 def halves(y, seed=0):
@@ -105,7 +105,7 @@ def forgetting(predictor, X, labels, target=None, alphas=ALPHAS, n=2000, seed=0)
     (ref, query), zb, out = halves(y, seed), base.embed(X), []
     frozen = None if target is None else base.embed(target[0].X)
     for a in alphas:
-        layers = adapted_layers(base.encoder, b.adapter_config, b.adapter, a)
+        layers = adapted_layers(base.weights, b.adapter_config, b.adapter, a)
         z = run_layers(layers, X)
         row = dict(alpha=a, **probe(z, y, ref, query), cosine=float((z * zb).sum(1).mean()), neighbour_overlap=neighbour_overlap(zb, z))
         if target is not None:

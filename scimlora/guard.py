@@ -24,11 +24,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 from h5py import h5a, h5d, h5l, h5o, h5t, h5z
 
-from .core import ad, InputError, ScimloraError
+from .core import ad, InputError, ScimloraError, pd
 
 try: import resource
 except ImportError: resource = None  # Windows

@@ -13,15 +13,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 from scipy.special import log_softmax, logsumexp
 
+from .bundle import LinearHead
 from .calibration import class_centroids, conformal_thresholds, fit_temperature, spread_of
 from .classifier import Classifier, tissue_of
 from .core import InputError
 from .data import Cells, align_cells, obs_column
 from .genepath import _ANGLES, _features, class_profiles, directions
-from .heads import Head
 from .ontology import cl_ids, find_term
 from .predict import Predictor
 from .splits import folds
@@ -258,9 +257,7 @@ def _longer_path(path, X, frozen, y, share):
 
 
 def _longer_head(weight, bias):
-    head = Head(weight.shape[1], len(bias))
-    head.linear.load_state_dict({k: torch.from_numpy(v.astype(np.float32)) for k, v in (("weight", weight), ("bias", bias))})
-    return head.requires_grad_(False).eval()
+    return LinearHead(weight.astype(np.float32), bias.astype(np.float32))
 
 
 def _grown(p, cells, y, names):
@@ -280,10 +277,10 @@ _ODDS = 1.0  # logarithm of the odds that a new type needs
 def _held_back(b, n):
     "The bundle whose last n types need higher odds, in both paths alike."
     cal, path = b.calibration, b.genepath
-    bias, weight, head = path.bias.copy(), b.head.linear.weight.numpy(), b.head.linear.bias.numpy().copy()
+    bias, head = path.bias.copy(), b.head.bias.copy()
     bias[-n:] -= _ODDS * cal.gene_temperature * path.scale[0] / (1 - _ANGLES)
     head[-n:] -= _ODDS * cal.encoder_temperature
-    return replace(b, genepath=replace(path, bias=bias), head=_longer_head(weight, head))
+    return replace(b, genepath=replace(path, bias=bias), head=_longer_head(b.head.weight, head))
 
 
 def _longer_sets(p, cells, y, names):

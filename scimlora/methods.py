@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import softmax
 
+from .adapters import adapted_layers
 from .base import run_layers
 from .core import InputError
 from .evaluation import baseline_proba, fit_baselines
 from .genepath import fit_genepath
-from .lora import Tuned, TuneConfig, adapted_layers, train_lora
+from .lora import Tuned, TuneConfig, train_lora
 
 # %% ../nbs/04aa_methods.ipynb #e0263005
 TUNED = {"as configured": {}, "LoRA": dict(method="lora", variant="lora"), "LoRA, first layer frozen": dict(targets="no-first"), "rsLoRA": dict(variant="rslora"),
@@ -92,6 +93,6 @@ def fit_method(name, base, X, y, n_classes, config=None, val=None, donors=None):
 
 
 def _tuned(name, base, t):
-    layers, d = adapted_layers(base.encoder, t.adapter_config, t.adapter), base.latent
+    layers, d = adapted_layers(base.weights, t.adapter_config, t.adapter), base.latent
     W, b = (v.detach().double().numpy() for v in (t.head.linear.weight, t.head.linear.bias))
     return Fitted(name, lambda Z: run_layers(layers, Z) * d**0.5 @ W.T + b, t)

@@ -17,21 +17,19 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
-import torch
 
+from .adapters import served_layers
 from .base import BASES, load_base, load_head
-from .bundle import Bundle, base_of, load_bundle
+from .bundle import Bundle, LinearHead, base_of, load_bundle
 from .calibration import Calibration, centroid_distance
-from .core import ad, atomic_path, one_blas_thread, progress, versions, InputError
+from .core import ad, atomic_path, one_blas_thread, progress, versions, InputError, pd
 from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k_values
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
 from .genepath import FEW_GENES
 from .hierarchy import back_off, hierarchy
 from .genes import own_names, place_genes
 from .kernels import find_device, in_threads, loops_embed, run_both, run_layers
-from .lora import Head, served_layers
 from .rows import h5_for_writing
 
 # %% ../nbs/03c_predict.ipynb #4bb9d685
@@ -144,13 +142,11 @@ def untuned(base):
     InputError
         If the base has no label head.
     """
-    weight, bias = load_head(base.path)
-    head = Head(base.latent, len(weight))
-    head.linear.load_state_dict(dict(weight=torch.from_numpy(weight), bias=torch.from_numpy(bias)))
+    head = LinearHead(*load_head(base.path))
     classes = [base.labels[i] for i in sorted(base.labels)]
     manifest = dict(title=f"{base.name}, not tuned", base=dict(name=base.name, sha256=base.sha256), normalisation=NORMALISATION, labels={c: None for c in classes},
                     training=dict(cells=0), parameters=dict(trainable=0, fraction=0.0), versions=versions("scimlora", "torch", "numpy"))
-    return Bundle(manifest, {}, {}, head.requires_grad_(False), classes, Calibration(), None, None)
+    return Bundle(manifest, {}, {}, head, classes, Calibration(), None, None)
 
 
 def open_bundle(bundle):
@@ -200,8 +196,8 @@ class Predictor:
         self.genes, self.classes = self.base.genes, self.bundle.classes
         self._how = dict(precision=precision, device=find_device(device))
         self.layers = served_layers(self.base, self.bundle.adapter_config, self.bundle.adapter)
-        lin = self.bundle.head.linear
-        self._W, self._b = lin.weight.detach().double().numpy().T, lin.bias.detach().double().numpy()
+        head = self.bundle.head
+        self._W, self._b = head.weight.astype(np.float64).T, head.bias.astype(np.float64)
 
     def embed(self, cells, units="auto"):
         """Embed cells with the adapter.
@@ -473,7 +469,7 @@ def annotate(predictor, adata, units="auto"):
 @dataclass
 class FileAnnotation:
     "Hold what was written of a file."
-    table: pd.DataFrame  # one row a cell, as in a csv
+    table: "pd.DataFrame"  # one row a cell, as in a csv
     report: dict  # what was done to the file
     notes: list  # the same in words
 

@@ -31,7 +31,8 @@ from .core import InputError, atomic_dir, progress, seed_everything, versions, w
 from .genes import current_symbols, identify, is_gene
 from .data import align_cells, find_counts, gene_match, log1p_cp10k, obs_column
 from .examples import shared, shared_dir
-from .base import BASES, Base, Encoder, fold, load_base, run_layers, save_base
+from .base import BASES, Base, fold, load_base, run_layers, save_base
+from .encoder import Encoder, weights_of
 
 # %% ../nbs/02a_pretrain.ipynb #b6d93cdd
 def label_table():
@@ -579,7 +580,7 @@ def score_base(adata, encoder, genes, shots=(3, 5, 25), draws=3, min_cells=15, s
     y = obs_column(adata.obs, "cell_type")
     ok = pd.Series(y).map(pd.Series(y).value_counts()).to_numpy() >= min_cells
     X, y = align_cells(adata, genes).X[ok], y[ok].astype(str)
-    embed = lambda e: run_layers(fold(e), X) * math.sqrt(e.network[-1].out_features)
+    embed = lambda e: run_layers(fold(weights_of(e)), X) * math.sqrt(e.network[-1].out_features)
     ways = {"base": embed(encoder)}
     if yardsticks:
         seed_everything(seed)
@@ -719,7 +720,7 @@ def write_annotation(path, encoder, corpus, per_class=40, seed=0):
     rows = np.concatenate([rng.permutation(g)[:per_class] for g in groups])
     index = hnswlib.Index(space="cosine", dim=encoder.network[-1].out_features)
     index.init_index(len(rows), ef_construction=100, M=8, random_seed=seed)
-    index.add_items(run_layers(fold(encoder), corpus.X[rows]), np.arange(len(rows)), num_threads=1)
+    index.add_items(run_layers(fold(weights_of(encoder)), corpus.X[rows]), np.arange(len(rows)), num_threads=1)
     (path / "annotation").mkdir()
     index.save_index(str(path / "annotation" / "labelled_kNN.bin"))
     lines = [f"{corpus.classes[label[i]]}\t{corpus.names[corpus.study[i]]}\n" for i in rows]

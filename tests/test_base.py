@@ -7,7 +7,8 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from scimlora.base import Base, Encoder, load_base, load_head, save_base
+from scimlora.base import Base, load_base, load_head, save_base
+from scimlora.encoder import Encoder
 from scimlora.core import InputError
 
 

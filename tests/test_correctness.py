@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from scimlora import Base, Classifier, InputError, Predictor
+from scimlora.adapters import adapted_layers
 from scimlora.base import run_layers
 from scimlora.core import read_json, sha256, write_json
 from scimlora.data import NORMALISATION, align_cells
 from scimlora.genes import place_genes
-from scimlora.lora import Head, TuneConfig, adapted_layers, add_lora, set_train_mode, train_lora
+from scimlora.lora import Head, TuneConfig, add_lora, set_train_mode, train_lora
 
 SAME = 1e-5
 
@@ -180,7 +181,7 @@ def test_a_fresh_adapter_is_the_base_exactly(mini, training):
 
 def test_what_is_saved_is_what_was_trained(mini, tuned, training):
     "The files that peft writes, folded into plain layers, against the PeftModel that is still in memory."
-    folded = adapted_layers(mini.encoder, tuned.adapter_config, tuned.adapter)
+    folded = adapted_layers(mini.weights, tuned.adapter_config, tuned.adapter)
     assert far(run_layers(folded, training[0]), embed(tuned.model, training[0])) < SAME
 
 

@@ -23,7 +23,8 @@ import scipy.sparse as sp
 import torch
 
 from scimlora import InputError, ScimloraError, examples, fetch
-from scimlora.base import BASES, Base, Encoder, load_base
+from scimlora.base import BASES, Base, load_base
+from scimlora.encoder import Encoder
 from scimlora.core import read_json, sha256
 from scimlora.data import align_cells
 from scimlora.fetch_ontology import fetch_ontology

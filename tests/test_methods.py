@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scimlora import InputError
-from scimlora.base import Base, Encoder, run_layers
+from scimlora.adapters import METHODS, adapted_layers, check_adapter
+from scimlora.base import Base, run_layers
 from scimlora.cached import CachedEncoder
+from scimlora.encoder import Encoder
 from scimlora.data import align_cells
-from scimlora.lora import METHODS, TuneConfig, adapted_layers, add_lora, check_adapter, parameter_counts, recalibrate_batchnorm, train_lora
+from scimlora.lora import TuneConfig, add_lora, parameter_counts, recalibrate_batchnorm, train_lora
 from scimlora.losses import class_loss, distillation, donor_triplet, mask_genes, supervised_contrast
 
 SAME = 1e-5
@@ -67,7 +69,7 @@ def tuned(base, cells):
     return {k: train_lora(base, X, y, 6, TuneConfig(**{"lr": 0.01, "epochs": 2, "steps": 20, **kw})) for k, kw in KINDS.items()}, before
 
 
-def layers(base, t, strength=1.0): return adapted_layers(base.encoder, t.adapter_config, t.adapter, strength)
+def layers(base, t, strength=1.0): return adapted_layers(base.weights, t.adapter_config, t.adapter, strength)
 
 
 # What is saved is what was trained ----------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def test_served_is_in_memory(kind, base, cells, tuned, tmp_path):
     t = tuned[0][kind]
     (tmp_path / "c.json").write_text(json.dumps(t.adapter_config))
     save_file({k: v.contiguous() for k, v in t.adapter.items()}, tmp_path / "a.safetensors")
-    served = adapted_layers(base.encoder, json.loads((tmp_path / "c.json").read_text()), load_file(tmp_path / "a.safetensors"))
+    served = adapted_layers(base.weights, json.loads((tmp_path / "c.json").read_text()), load_file(tmp_path / "a.safetensors"))
     assert far(run_layers(served, cells[0]), embed(t.model, cells[0])) < SAME
 
 
@@ -403,7 +405,8 @@ def test_a_full_disk_is_said_before_training(base, cells, tmp_path):
 TWO = """
 import json, os
 import numpy as np, scipy.sparse as sp, torch
-from scimlora.base import Base, Encoder
+from scimlora.base import Base
+from scimlora.encoder import Encoder
 from scimlora.core import leads
 from scimlora.lora import TuneConfig, train_lora
 from scimlora.processes import leave_processes
@@ -500,7 +503,7 @@ def test_damaged_weights_are_refused(base, tuned):
     damaged = {"lacks": {k: v for k, v in t.adapter.items() if k != first}, "does not fit": t.adapter | {first: t.adapter[first][:-1]},
                "no such layer": t.adapter | {"network.9.weight": torch.zeros(2)}, "NaN": t.adapter | {first: t.adapter[first] * float("nan")}}
     for said, tensors in damaged.items():
-        with pytest.raises(InputError, match=said): adapted_layers(base.encoder, t.adapter_config, tensors)
+        with pytest.raises(InputError, match=said): adapted_layers(base.weights, t.adapter_config, tensors)
     with pytest.raises(InputError, match="update scimlora"): check_adapter({"scimlora_method": "prompt"}, {})
     assert [check_adapter(t.adapter_config, t.adapter) for t in (tuned[0][k] for k in ("LoRA", "BatchNorm", "full", "linear", "prototype"))] == list(METHODS)
 

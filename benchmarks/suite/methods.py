@@ -18,6 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import LinearSVC
 
 from scimlora.base import fold, run_layers
+from scimlora.encoder import weights_of
 from scimlora.calibration import class_centroids, fit_temperature
 from scimlora.classifier import Classifier
 from scimlora.evaluation import recalibrate_batchnorm, tuned_logreg
@@ -130,7 +131,7 @@ def frozen_linear(d): return linear_on(d, d.task.base.embed)
 
 
 def frozen_bn(d):
-    layers = fold(recalibrate_batchnorm(d.task.base.encoder, d.on(d.task.base.genes)))
+    layers = fold(weights_of(recalibrate_batchnorm(d.task.base.encoder, d.on(d.task.base.genes))))
     return linear_on(d, lambda X: run_layers(layers, X))
 
 
