@@ -53,7 +53,7 @@ class Bundle:
     path: Path | None = None
 
     def __post_init__(self):
-        self.adapter = {k: np.asarray(t) for k, t in self.adapter.items()}
+        self.adapter = {k: np.asarray(t) for k, t in (self.adapter or {}).items()}
         if hasattr(self.head, "linear"): self.head = LinearHead(*(v.detach().numpy() for v in (self.head.linear.weight, self.head.linear.bias)))
 
     @property

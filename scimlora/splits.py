@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 
-from .core import ad, read_json, write_json, InputError
+from .core import pd, ad, read_json, write_json, InputError
 from .data import Alignment, obs_column
 from .files import open_cells
 from .rows import CsrWriter, h5_for_writing
