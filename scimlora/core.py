@@ -19,6 +19,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -268,15 +269,34 @@ def _libraries():
     return ThreadpoolController()
 
 
+class _OneThread:
+    "What `one_blas_thread` returns. The number of threads is the process's: the first of those inside changes it, the last one gives it back."
+
+    def __init__(self): self.lock, self.inside = threading.Lock(), 0
+
+    def __enter__(self):
+        with self.lock:
+            if not self.inside: self.limit = _libraries().limit(limits=1, user_api="blas")
+            self.inside += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.inside -= 1
+            if not self.inside: self.limit.restore_original_limits()
+
+
+_one_thread = _OneThread()
+
+
 def one_blas_thread():
     """Keep NumPy's matrix library to one thread in a `with` block.
 
     Returns
     -------
     context manager
-        It gives the threads back at its end; torch has threads of its own, which stay.
+        The library gets its threads back when no block is left, in whatever thread; torch has threads of its own, which stay.
     """
-    return _libraries().limit(limits=1, user_api="blas")
+    return _one_thread
 
 # %% ../nbs/00_core.ipynb #65a3cff8
 class late:

@@ -1,4 +1,7 @@
 "Cells through folded layers: whatever way is taken, the numbers are those of the dense product."
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +12,7 @@ import torch
 
 from scimlora import kernels
 from scimlora.base import load_base, load_head
-from scimlora.core import InputError
+from scimlora.core import _libraries, InputError, one_blas_thread
 from scimlora.data import align_cells
 from scimlora.examples import baron
 from scimlora.kernels import in_threads, Layer, run_layers
@@ -116,21 +119,21 @@ def test_other_types_and_strided_arrays(way):
     for few in (X[:1], X[:3], wide[:2], X.astype(np.float64)[:1]): assert max(far(run_layers(a, few), want[:few.shape[0]]) for a in (layers, strided)) < SAME  # by torch
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cell_in_tiles_is_the_same_whoever_its_neighbours_are(real, dtype):
+@pytest.mark.parametrize("precision", kernels.PRECISIONS)
+def test_a_cell_in_tiles_is_the_same_whoever_its_neighbours_are(real, precision):
     if kernels._tiles() is None: pytest.skip("no matrix units")
     mini, X = real
     first, second = mini.layers[:2]
     genes = np.argsort(-X.getnnz(0))[:1100]
-    start = lambda n: torch.from_numpy(np.tile(first.bias, (n, 1)))
-    whole = kernels._add_in_tiles(start(X.shape[0]), X, first, genes, dtype)
-    assert far(whole, X[:, genes].astype(np.float64) @ first.weight[genes] + first.bias) < (1e-4 if dtype == torch.float32 else 0.2)
+    start = lambda n: np.tile(first.bias, (n, 1))
+    whole = kernels._add_in_tiles(start(X.shape[0]), X, first, genes, precision)
+    assert far(whole, X[:, genes].astype(np.float64) @ first.weight[genes] + first.bias) < (1e-4 if precision == "float32" else 0.2)
     for rows in (slice(0, 1), slice(3, 40), slice(100, 700)):
         part = X[rows]
-        h = kernels._add_in_tiles(start(part.shape[0]), part, first, genes, dtype)
-        assert torch.equal(h, whole[rows])
-        after = kernels._dense_in_tiles(whole.clone(), first.slope, second, dtype)[1][rows]
-        assert torch.equal(kernels._dense_in_tiles(h, first.slope, second, dtype)[1], after)
+        h = kernels._add_in_tiles(start(part.shape[0]), part, first, genes, precision)
+        assert np.array_equal(h, whole[rows])
+        after = kernels._dense_in_tiles(whole.copy(), first.slope, second, precision)[rows]
+        assert np.array_equal(kernels._dense_in_tiles(h, first.slope, second, precision), after)
 
 
 def test_threads_and_batches(way, real):
@@ -164,12 +167,12 @@ def test_reduced_precision_keeps_the_labels(way, real):
     with pytest.raises(InputError, match="precision 'int3'"): run_layers(mini.layers, X, precision="int3")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_way_over_a_device(real, dtype):
+@pytest.mark.parametrize("precision", kernels.PRECISIONS)
+def test_the_way_over_a_device(real, precision):
     # The same code as for CUDA, with the processor as the device: what travels, becomes dense and comes back.
     mini, X = real
-    got = kernels._on_device(mini.layers, X, torch.device("cpu"), dtype, 500)
-    assert far(got, run_layers(mini.layers, X)) < (SAME if dtype == torch.float32 else 2e-2)
+    got = kernels._on_device(mini.layers, X, "cpu", precision, 500)
+    assert far(got, run_layers(mini.layers, X)) < (SAME if precision == "float32" else 2e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -179,9 +182,20 @@ def test_cuda(real):
 
 
 def test_devices():
-    assert kernels.find_device("cpu").type == "cpu" and kernels.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("cuda:99", "tpu", "meta"):
+    for name in ("cpu", torch.device("cpu")): assert kernels.find_device(name) == "cpu"
+    assert kernels.find_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cuda:99", torch.device("cuda:99"), "tpu", "meta", "cuda:", "cpus", ""):
         with pytest.raises(InputError, match=f"device '{name}'"): kernels.find_device(name)
+
+
+def test_a_device_that_torch_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda", "cuda:1"): assert kernels.find_device(name) == kernels.find_device(torch.device(name)) == name
+    with pytest.raises(InputError, match="'cuda:2': there is none here"): kernels.find_device("cuda:2")
+    for driver, found in ((True, "cuda"), (False, "cpu")):   # without a driver torch is not asked
+        monkeypatch.setattr(kernels, "_driver", lambda: driver)
+        assert kernels.find_device("auto") == found
 
 
 def test_without_numba_nothing_is_compiled(monkeypatch):
@@ -197,17 +211,114 @@ def test_threads_give_results_in_order_and_end():
     def work(i):
         started.append(i)
         if i == 70: raise InputError("the 70th one is broken")
-        return i, torch.get_num_threads()
+        return i, torch.get_num_threads(), kernels.threads()
 
     try:
         torch.set_num_threads(3)
         found = list(in_threads(work, range(60)))
-        assert [i for i, _ in found] == list(range(60)) and {n for _, n in found} == {1} and torch.get_num_threads() == 3
-        assert [n for _, n in in_threads(work, range(5), most=1)] == [3] * 5   # one alone has torch's threads
+        assert [i for i, *_ in found] == list(range(60)) and {n for _, *n in found for n in n} == {1} and torch.get_num_threads() == kernels.threads() == 3
+        assert [n for _, *n in in_threads(work, range(5), most=1)] == [[3, 3]] * 5   # one alone has torch's threads
         started.clear()
-        for i, _ in in_threads(work, range(60)):
+        for i, *_ in in_threads(work, range(60)):
             if i == 10: break
         assert len(started) <= 15 and threading.active_count() <= before
         with pytest.raises(InputError, match="70th"): list(in_threads(work, range(100)))
         with ThreadPoolExecutor(1) as later: assert later.submit(torch.get_num_threads).result() == 3
     finally: torch.set_num_threads(threads)
+
+
+def blas_threads(): return max((library["num_threads"] for library in _libraries().info() if library["user_api"] == "blas"), default=1)
+
+
+def test_the_matrix_librarys_threads_are_given_back(real):
+    mini, X = real
+    before, together = torch.get_num_threads(), threading.Barrier(2)
+    with _libraries().limit(limits=2, user_api="blas"):
+        if blas_threads() == 1: pytest.skip("one thread is all that the library takes")
+        try:
+            torch.set_num_threads(2)
+            assert {n for n in in_threads(lambda _: blas_threads(), range(5))} == {1} and blas_threads() == 2
+            with one_blas_thread():                                      # as annotate and the service do
+                run_layers(mini.layers, X)
+                assert blas_threads() == 1
+            for left_first in (False, True):                             # two at a time, either of them done first
+                first, second = in_threads(lambda _: blas_threads(), range(9)), in_threads(lambda _: blas_threads(), range(9))
+                assert next(first) == next(second) == 1
+                for one in (first, second) if left_first else (second, first):
+                    assert blas_threads() == 1
+                    one.close()
+                assert blas_threads() == 2
+            with ThreadPoolExecutor(2) as pool: list(pool.map(lambda _: (together.wait(), [run_layers(mini.layers, X[:300]) for _ in range(3)]), range(2)))
+            assert blas_threads() == 2
+        finally: torch.set_num_threads(before)
+
+
+ALONE = """
+import os, sys
+import numpy as np, scipy.sparse as sp
+from scimlora import kernels
+from scimlora.kernels import Layer, find_device, in_threads, run_both, run_first, run_layers, threads
+
+assert threads() == 2, threads()
+os.environ["OMP_NUM_THREADS"] = "3,2"
+assert threads() == 3
+assert set(in_threads(lambda _: threads(), range(5))) == {1} and threads() == 3
+os.environ["OMP_NUM_THREADS"] = "many"
+assert threads() == (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+assert find_device("cpu") == "cpu" and (kernels._driver() or find_device("auto") == "cpu")
+
+os.environ["OMP_NUM_THREADS"] = "2"
+rng = np.random.default_rng(0)
+shapes = (900, 64), (64, 64), (64, 32)
+layers = [Layer(rng.standard_normal(s, np.float32) / np.float32(s[0] ** 0.5), rng.standard_normal(s[1], np.float32), np.full(int(i < 2), 0.25, np.float32)) for i, s in enumerate(shapes)]
+beside = [Layer(l.weight, l.bias, l.slope, rng.standard_normal((l.weight.shape[0], 2), np.float32), rng.standard_normal((2, l.bias.size), np.float32)) for l in layers]
+X = sp.random(700, 900, 0.1, "csr", np.float32, rng)
+
+def dense(layers):
+    h = X.toarray().astype(np.float64)
+    for l in layers:
+        h = h @ (l.weight if l.left is None else l.weight + l.left.astype(np.float64) @ l.right) + l.bias
+        if l.slope.size: h = np.where(h < 0, h * l.slope, h)
+    return h / np.linalg.norm(h, axis=1, keepdims=True)
+
+def check(precision="float32", same=1e-5):
+    for few in (700, 3, 2, 1):
+        want = [dense(l)[:few] for l in (layers, beside)]
+        assert np.abs(run_layers(layers, X[:few], precision=precision) - want[0]).max() < same
+        for got, w in zip(run_both(layers, beside, X[:few], precision=precision), want): assert np.abs(got - w).max() < same
+    assert np.abs(run_first(layers[0], X) - (X @ layers[0].weight + layers[0].bias)).max() < 1e-4
+
+find, tiles, compiled = kernels._compiled, kernels._tiles, kernels._compiled() is not None
+kernels._compiled = lambda: None
+check()
+if compiled:
+    kernels._compiled, kernels._LARGE = find, 0
+    if tiles() is not None:
+        check()
+        check("bfloat16", 2e-2)
+    kernels._tiles = lambda: None
+    check()
+assert "torch" not in sys.modules
+check("bfloat16", 2e-2)   # without tiles it is torch that knows these numbers
+assert "torch" in sys.modules
+"""
+
+
+def test_a_process_that_only_embeds_loads_no_torch():
+    p = subprocess.run([sys.executable, "-c", ALONE], env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr[-2000:]
+
+
+@pytest.mark.parametrize("slope", [[0.25], [1.5], [-0.5], [1.0], [0.5, 2.0, -1.0, 0.0]])
+def test_slopes_of_all_kinds(slope):
+    h, slope = np.random.default_rng(0).standard_normal((70, 4), np.float32), np.array(slope, np.float32)
+    want = torch.nn.functional.prelu(torch.from_numpy(h), torch.from_numpy(slope)).numpy()
+    assert np.array_equal(kernels._bend(h.copy(), slope), want)
+
+
+def test_arrays_that_may_not_be_written_to(way):
+    layers, X = random_layers(300, (64, 32)), random_cells(400, 300)
+    want = {p: run_layers(layers, X, precision=p) for p in kernels.PRECISIONS}
+    for layer in layers: layer.weight.flags.writeable = layer.bias.flags.writeable = False
+    X.data.flags.writeable = X.indices.flags.writeable = X.indptr.flags.writeable = False
+    for p in kernels.PRECISIONS: assert np.array_equal(run_layers(layers, X, precision=p), want[p])
