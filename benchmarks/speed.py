@@ -26,7 +26,7 @@ import torch
 from large_files import write_h5ad
 from speed_turns import child, in_turns, tiled
 from scimlora.base import Base, Encoder, load_base, load_head
-from scimlora.core import versions
+from scimlora.core import one_blas_thread, versions
 from scimlora.data import align_cells, find_counts, log1p_cp10k, obs_column
 from scimlora.examples import shared
 from scimlora.kernels import _add_dense, _add_in_tiles, _choice, _finish, _PARTS, _SHARE, _tiles, PRECISIONS, split_genes
@@ -152,7 +152,7 @@ def limits(threads):
     A16, B16 = A.bfloat16(), B.bfloat16()
     jobs = dict(float32=lambda: A @ B, bfloat16=lambda: A16 @ B16, read=lambda: big.sum())
     with ThreadPoolExecutor(threads) as pool:
-        if (tiles := _tiles()) is not None: jobs |= {f"tiles, {p}": in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), _PARTS[getattr(torch, p)]) for p in PRECISIONS}
+        if (tiles := _tiles()) is not None: jobs |= {f"tiles, {p}": in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), _PARTS[p]) for p in PRECISIONS}
         took = in_turns(jobs, 15)
     work = 2 * A.shape[0] * B.numel() / 1e9
     return dict(threads=threads, read=big.nbytes / took.pop("read") / 1e9, **{k: work / v for k, v in took.items()})
@@ -160,34 +160,21 @@ def limits(threads):
 
 def profile(layers, X, rounds, part=4096):
     "Microseconds a cell on one thread in each step of float32 embedding, with its GFLOP/s."
-    X, threads, first = X[:part], torch.get_num_threads(), layers[0]
+    X, first = X[:part], layers[0]
     way = _choice(X, layers)
     share, add = _SHARE[way.name]["float32"], _add_in_tiles if way.name == "tiles" else _add_dense
     frequent, rare = split_genes(X, share, compiled=True)
-    dealt, h = deal_rare(X, rare), torch.rand(X.shape[0], HIDDEN[0])
-    out, points = torch.from_numpy(multiply_rare(first.weight, first.bias, rare, dealt)), np.empty((X.shape[0], LATENT), np.float32)
+    dealt, h = deal_rare(X, rare), np.random.default_rng(0).random((X.shape[0], HIDDEN[0]), np.float32)
+    out, points = multiply_rare(first.weight, first.bias, rare, dealt), np.empty((X.shape[0], LATENT), np.float32)
     held = X.nnz - dealt[0][-1, -1]
-    torch.set_num_threads(1)
     jobs = dict(split=lambda: split_genes(X, share, compiled=True), deal=lambda: deal_rare(X, rare), sparse=lambda: multiply_rare(first.weight, first.bias, rare, dealt),
-                dense=lambda: add(out, X, first, frequent, torch.float32), rest=lambda: _finish(layers, h, way, "float32", points))
-    with torch.inference_mode(): took = {k: v / X.shape[0] * 1e6 for k, v in in_turns(jobs, rounds).items()}
-    torch.set_num_threads(threads)
+                dense=lambda: add(out, X, first, frequent, "float32"), rest=lambda: _finish(layers, h, way, "float32", points))
+    with one_blas_thread(): took = {k: v / X.shape[0] * 1e6 for k, v in in_turns(jobs, rounds).items()}
     flop = dict(sparse=2 * (X.nnz - held) / X.shape[0] * HIDDEN[0], dense=2 * len(frequent) * HIDDEN[0], rest=2 * sum(x.weight.size for x in layers[1:]))
     share = {k: f"{v / sum(took.values()):.0%}" for k, v in took.items()}
     names = dict(split="count genes and split them", deal="sort the rare values by block", sparse=f"long tail, {(X.nnz - held) / X.shape[0]:,.0f} values, sparse",
                  dense=f"{len(frequent):,} frequent genes, laid out and multiplied", rest="layers after the first")
     return [dict(step=names[k], us=f"{v:.1f}", share=share[k], rate=f"{flop[k] / v / 1e3:,.0f}" if k in flop else "") for k, v in took.items()]
-
-
-def embed_alone(package, folder, cells):
-    "Embed a file of aligned cells with one package and end: for its peak memory."
-    if package == "nothing": return
-    X = sp.load_npz(cells)
-    if package == "upstream":
-        from scimilarity.cell_embedding import CellEmbedding
-
-        CellEmbedding(str(folder)).get_embeddings(X)
-    else: load_base(folder).embed(X)
 
 
 def floor(machine):
@@ -314,7 +301,7 @@ def targets(r):
             ("embed, float32, 10x cells", "5 times SCimilarity", times(v := rate("10x", "float32")), v >= 5),
             ("embed, float32, deep cells", "3.5 times SCimilarity", times(v := rate("deep", "float32")), v >= 3.5),
             ("largest difference", "1e-5", f"{largest:.0e}", largest <= 1e-5),
-            ("peak memory of embedding", "a quarter of SCimilarity's", f"{memory:.2f} of it; Python, torch and the package alone are {r['memory']['nothing'] / r['memory']['upstream']:.2f}", memory <= 0.25),
+            ("peak memory of embedding", "a quarter of SCimilarity's", f"{memory:.2f} of it; Python and the package alone are {r['memory']['nothing'] / r['memory']['upstream']:.2f}", memory <= 0.25),
             ("embed, bfloat16, 10x cells", "8 times SCimilarity", times(v := rate("10x", "bfloat16")), v >= 8),
             ("labels at bfloat16", "99.9 % equal", f"{1 - r['different'] / r['compared']:.3%}", r["different"] <= 0.001 * r["compared"]),
             *((f"fine-tune, {p}", "8 times the plain loop", times(v), v >= 8) for p, v in trained.items()),
@@ -368,9 +355,7 @@ def main():
     parser.add_argument("--together", type=int, default=20_000, help="cells to annotate beside the peers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", type=Path, default=HERE.parent / ".venv-peers", help="CellTypist's environment")
-    parser.add_argument("--alone", nargs=3, metavar=("PACKAGE", "BASE", "CELLS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.alone: return embed_alone(*args.alone)
     from scimilarity.cell_embedding import CellEmbedding
 
     with tempfile.TemporaryDirectory() as d:
@@ -388,7 +373,7 @@ def main():
         training = fine_tuning(base, aligned(X, names, base.genes, X.shape[0]), labels, max(args.rounds // 2, 1))
         print(*training, sep="\n", flush=True)
         sp.save_npz(d / "cells.npz", kinds["10x, PBMC"])
-        memory = {p: child(__file__, "--alone", p, d / "base", d / "cells.npz")[1] for p in ("upstream", "scimlora", "nothing")}
+        memory = {p: child(HERE / "speed_alone.py", p, d / "base", d / "cells.npz")[1] for p in ("upstream", "scimlora", "nothing")}
         machine, steps = limits(torch.get_num_threads()), {k: profile(base.layers, M, args.rounds) for k, M in kinds.items()}
         different, compared = agreement()
         times = startup(args.rounds)

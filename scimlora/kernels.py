@@ -66,6 +66,7 @@ def split_genes(X, share, compiled=False):
 
 # %% ../nbs/01b_kernels.ipynb #35f53d4f
 torch = late("torch")
+_ROWS = 512  # cells at a time where all is dense: what passes from one step to the next stays in the cache
 _DEPTH = 256  # rows of weights: what they take stays in a core's second cache
 
 
@@ -103,7 +104,8 @@ def _plain(X, layer, share, precision):
         keep = of_rare[X.indices]
         ends = np.concatenate([[0], np.cumsum(keep)])[X.indptr]
         out = sp.csr_matrix((X.data[keep], X.indices[keep], ends), X.shape) @ layer.weight
-        out += _times(_as(X[:, frequent].toarray(), precision), _as(layer.weight[frequent], precision), precision)
+        block, weight = X[:, frequent], _as(layer.weight[frequent], precision)
+        for a in range(0, len(out), _ROWS): out[a:a + _ROWS] += _times(_as(block[a:a + _ROWS].toarray(), precision), weight, precision)
     out += layer.bias
     return out
 
@@ -116,9 +118,6 @@ def _compiled():
     return loops
 
 # %% ../nbs/01b_kernels.ipynb #f28e6d2b
-_ROWS = 1024  # cells at a time where all is dense: what passes from one step to the next stays in the cache
-
-
 def _add_dense(out, X, layer, frequent, precision):
     "Add the frequent genes' share to the first layer's output, in place."
     column = np.full(X.shape[1], len(frequent), np.int32)  # the others share a column that is not read
@@ -481,7 +480,7 @@ def _each(work, bounds):
         for _ in (in_threads if len(pairs) > 1 else map)(lambda p: work(*p), pairs): pass
 
 # %% ../nbs/01b_kernels.ipynb #3273e96b
-def run_layers(layers, X, batch=4096, precision="float32", device="cpu"):
+def run_layers(layers, X, batch=2048, precision="float32", device="cpu"):
     """Embed cells with folded layers.
 
     Parameters
@@ -529,7 +528,7 @@ def _run(layers, X, batch, precision, device, second=None):
     return out
 
 # %% ../nbs/01b_kernels.ipynb #818c4acc
-def run_first(layer, X, out=None, batch=4096):
+def run_first(layer, X, out=None, batch=2048):
     """Compute what a first layer gives, before its bend.
 
     Parameters
@@ -632,7 +631,7 @@ def back_few(X, rows, few, compiled):
     return out
 
 # %% ../nbs/01b_kernels.ipynb #4d4cf173
-def run_both(first, second, X, batch=4096, precision="float32", device="cpu"):
+def run_both(first, second, X, batch=2048, precision="float32", device="cpu"):
     """Embed cells with two encoders; weights that they share are read once.
 
     Parameters
