@@ -67,7 +67,7 @@ def split_genes(X, share, compiled=False):
 # %% ../nbs/01b_kernels.ipynb #35f53d4f
 torch = late("torch")
 _ROWS = 512  # cells at a time where all is dense: what passes from one step to the next stays in the cache
-_DEPTH = 256  # rows of weights: what they take stays in a core's second cache
+_FEW, _SMALL = 8, 2**19  # rows, and multiplications that the library makes at once without copying the weights first
 
 
 def _tensor(values):
@@ -85,11 +85,10 @@ def _times(h, weight, precision):
     if precision == "bfloat16":
         h, weight = (torch.from_numpy(v).view(torch.bfloat16) for v in (h, weight))
         return (h @ weight).float().numpy()
-    if not 1 < len(h) <= 2 * _GATHER: return h @ weight
-    # For so few rows the library would copy the weights before it multiplies. Row by row and block by block, they are read once.
+    if not 1 < len(h) <= _FEW: return h @ weight
     out = np.zeros((len(h), weight.shape[1]), np.float32)
-    for a in range(0, len(weight), _DEPTH):
-        for sums, row in zip(out, h[:, a:a + _DEPTH]): sums += row @ weight[a:a + _DEPTH]
+    step = max(_SMALL // out.size, 1)
+    for a in range(0, len(weight), step): out += h[:, a:a + step] @ weight[a:a + step]
     return out
 
 # %% ../nbs/01b_kernels.ipynb #b77c9bb6
@@ -239,7 +238,7 @@ def _bend(h, slope):
         else: rows[...] = np.where(rows < 0, bent, rows)
     return h
 
-
+# %% ../nbs/01b_kernels.ipynb #e814a294
 def _dense(h, slope, layer, precision):
     "A block of cells bent, in place, and its product with the next layer."
     weight = layer.weight if precision == "float32" else _kept(layer, precision, lambda w: _as(w, precision))
@@ -464,7 +463,7 @@ def in_threads(work, items, most=None):
             pool.shutdown(cancel_futures=True)
             if of_torch: of_torch[1](before)  # what threads that come later begin with
 
-
+# %% ../nbs/01b_kernels.ipynb #2b0eae47
 def _parts(n, batch):
     "Bounds of parts of equal size, at most `batch` cells, an even number of them from 256 cells on."
     k = -(-n // batch)
