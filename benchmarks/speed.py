@@ -26,8 +26,8 @@ import torch
 from large_files import write_h5ad
 from speed_turns import child, in_turns, tiled
 from scimlora.base import Base, load_base, load_head
+from scimlora.core import one_blas_thread, versions
 from scimlora.encoder import Encoder
-from scimlora.core import versions
 from scimlora.data import align_cells, find_counts, log1p_cp10k, obs_column
 from scimlora.examples import shared
 from scimlora.kernels import _add_dense, _add_in_tiles, _choice, _finish, _PARTS, _SHARE, _tiles, PRECISIONS, split_genes
@@ -153,7 +153,7 @@ def limits(threads):
     A16, B16 = A.bfloat16(), B.bfloat16()
     jobs = dict(float32=lambda: A @ B, bfloat16=lambda: A16 @ B16, read=lambda: big.sum())
     with ThreadPoolExecutor(threads) as pool:
-        if (tiles := _tiles()) is not None: jobs |= {f"tiles, {p}": in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), _PARTS[getattr(torch, p)]) for p in PRECISIONS}
+        if (tiles := _tiles()) is not None: jobs |= {f"tiles, {p}": in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), _PARTS[p]) for p in PRECISIONS}
         took = in_turns(jobs, 15)
     work = 2 * A.shape[0] * B.numel() / 1e9
     return dict(threads=threads, read=big.nbytes / took.pop("read") / 1e9, **{k: work / v for k, v in took.items()})
@@ -161,18 +161,16 @@ def limits(threads):
 
 def profile(layers, X, rounds, part=4096):
     "Microseconds a cell on one thread in each step of float32 embedding, with its GFLOP/s."
-    X, threads, first = X[:part], torch.get_num_threads(), layers[0]
+    X, first = X[:part], layers[0]
     way = _choice(X, layers)
     share, add = _SHARE[way.name]["float32"], _add_in_tiles if way.name == "tiles" else _add_dense
     frequent, rare = split_genes(X, share, compiled=True)
-    dealt, h = deal_rare(X, rare), torch.rand(X.shape[0], HIDDEN[0])
-    out, points = torch.from_numpy(multiply_rare(first.weight, first.bias, rare, dealt)), np.empty((X.shape[0], LATENT), np.float32)
+    dealt, h = deal_rare(X, rare), np.random.default_rng(0).random((X.shape[0], HIDDEN[0]), np.float32)
+    out, points = multiply_rare(first.weight, first.bias, rare, dealt), np.empty((X.shape[0], LATENT), np.float32)
     held = X.nnz - dealt[0][-1, -1]
-    torch.set_num_threads(1)
     jobs = dict(split=lambda: split_genes(X, share, compiled=True), deal=lambda: deal_rare(X, rare), sparse=lambda: multiply_rare(first.weight, first.bias, rare, dealt),
-                dense=lambda: add(out, X, first, frequent, torch.float32), rest=lambda: _finish(layers, h, way, "float32", points))
-    with torch.inference_mode(): took = {k: v / X.shape[0] * 1e6 for k, v in in_turns(jobs, rounds).items()}
-    torch.set_num_threads(threads)
+                dense=lambda: add(out, X, first, frequent, "float32"), rest=lambda: _finish(layers, h, way, "float32", points))
+    with one_blas_thread(): took = {k: v / X.shape[0] * 1e6 for k, v in in_turns(jobs, rounds).items()}
     flop = dict(sparse=2 * (X.nnz - held) / X.shape[0] * HIDDEN[0], dense=2 * len(frequent) * HIDDEN[0], rest=2 * sum(x.weight.size for x in layers[1:]))
     share = {k: f"{v / sum(took.values()):.0%}" for k, v in took.items()}
     names = dict(split="count genes and split them", deal="sort the rare values by block", sparse=f"long tail, {(X.nnz - held) / X.shape[0]:,.0f} values, sparse",

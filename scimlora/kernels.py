@@ -66,7 +66,8 @@ def split_genes(X, share, compiled=False):
 
 # %% ../nbs/01b_kernels.ipynb #35f53d4f
 torch = late("torch")
-_DEPTH = 256  # rows of weights: what they take stays in a core's second cache
+_ROWS = 512  # cells at a time where all is dense: what passes from one step to the next stays in the cache
+_FEW, _SMALL = 8, 2**19  # rows, and multiplications that the library makes at once without copying the weights first
 
 
 def _tensor(values):
@@ -84,11 +85,10 @@ def _times(h, weight, precision):
     if precision == "bfloat16":
         h, weight = (torch.from_numpy(v).view(torch.bfloat16) for v in (h, weight))
         return (h @ weight).float().numpy()
-    if not 1 < len(h) <= 2 * _GATHER: return h @ weight
-    # For so few rows the library would copy the weights before it multiplies. Row by row and block by block, they are read once.
+    if not 1 < len(h) <= _FEW: return h @ weight
     out = np.zeros((len(h), weight.shape[1]), np.float32)
-    for a in range(0, len(weight), _DEPTH):
-        for sums, row in zip(out, h[:, a:a + _DEPTH]): sums += row @ weight[a:a + _DEPTH]
+    step = max(_SMALL // out.size, 1)
+    for a in range(0, len(weight), step): out += h[:, a:a + step] @ weight[a:a + step]
     return out
 
 # %% ../nbs/01b_kernels.ipynb #b77c9bb6
@@ -103,7 +103,8 @@ def _plain(X, layer, share, precision):
         keep = of_rare[X.indices]
         ends = np.concatenate([[0], np.cumsum(keep)])[X.indptr]
         out = sp.csr_matrix((X.data[keep], X.indices[keep], ends), X.shape) @ layer.weight
-        out += _times(_as(X[:, frequent].toarray(), precision), _as(layer.weight[frequent], precision), precision)
+        block, weight = X[:, frequent], _as(layer.weight[frequent], precision)
+        for a in range(0, len(out), _ROWS): out[a:a + _ROWS] += _times(_as(block[a:a + _ROWS].toarray(), precision), weight, precision)
     out += layer.bias
     return out
 
@@ -116,9 +117,6 @@ def _compiled():
     return loops
 
 # %% ../nbs/01b_kernels.ipynb #f28e6d2b
-_ROWS = 1024  # cells at a time where all is dense: what passes from one step to the next stays in the cache
-
-
 def _add_dense(out, X, layer, frequent, precision):
     "Add the frequent genes' share to the first layer's output, in place."
     column = np.full(X.shape[1], len(frequent), np.int32)  # the others share a column that is not read
@@ -240,7 +238,7 @@ def _bend(h, slope):
         else: rows[...] = np.where(rows < 0, bent, rows)
     return h
 
-
+# %% ../nbs/01b_kernels.ipynb #e814a294
 def _dense(h, slope, layer, precision):
     "A block of cells bent, in place, and its product with the next layer."
     weight = layer.weight if precision == "float32" else _kept(layer, precision, lambda w: _as(w, precision))
@@ -465,7 +463,7 @@ def in_threads(work, items, most=None):
             pool.shutdown(cancel_futures=True)
             if of_torch: of_torch[1](before)  # what threads that come later begin with
 
-
+# %% ../nbs/01b_kernels.ipynb #2b0eae47
 def _parts(n, batch):
     "Bounds of parts of equal size, at most `batch` cells, an even number of them from 256 cells on."
     k = -(-n // batch)
@@ -481,7 +479,7 @@ def _each(work, bounds):
         for _ in (in_threads if len(pairs) > 1 else map)(lambda p: work(*p), pairs): pass
 
 # %% ../nbs/01b_kernels.ipynb #3273e96b
-def run_layers(layers, X, batch=4096, precision="float32", device="cpu"):
+def run_layers(layers, X, batch=2048, precision="float32", device="cpu"):
     """Embed cells with folded layers.
 
     Parameters
@@ -529,7 +527,7 @@ def _run(layers, X, batch, precision, device, second=None):
     return out
 
 # %% ../nbs/01b_kernels.ipynb #818c4acc
-def run_first(layer, X, out=None, batch=4096):
+def run_first(layer, X, out=None, batch=2048):
     """Compute what a first layer gives, before its bend.
 
     Parameters
@@ -632,7 +630,7 @@ def back_few(X, rows, few, compiled):
     return out
 
 # %% ../nbs/01b_kernels.ipynb #4d4cf173
-def run_both(first, second, X, batch=4096, precision="float32", device="cpu"):
+def run_both(first, second, X, batch=2048, precision="float32", device="cpu"):
     """Embed cells with two encoders; weights that they share are read once.
 
     Parameters
