@@ -358,7 +358,7 @@ assert answer(p, [{{"INS": 900, "IAPP": 50, "ADCYAP1": 3}}])[0]["cell_type"] == 
 from scimlora.cli import main
 try: main(["annotate", {str(bundle_dir)!r}, {str(cells_file)!r}, "--out", {str(tmp_path / "o.csv")!r}])
 except SystemExit as e: assert e.code == 0
-print(*[m for m in ("peft", "transformers", "scanpy", "scimilarity", "sklearn", "matplotlib", "seaborn", "numba") if m in sys.modules])
+print(*[m for m in ("torch", "peft", "transformers", "scanpy", "scimilarity", "sklearn", "matplotlib", "seaborn", "numba") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -323,7 +323,8 @@ def test_compiled_steps_have_the_losses_of_dense_ones(kind, r, wide, cells, monk
     import scimlora.lora as module
 
     X, y, donors = cells
-    config = TuneConfig(**{"lr": 0.002, "epochs": 4, "steps": 40, "r": r, **KINDS[kind]})
+    # At twice this rate the rounding of a neuron that is nearly at its bend grew to 1e-4 in forty steps, with two threads and PiSSA of rank 8.
+    config = TuneConfig(**{"lr": 0.001, "epochs": 4, "steps": 40, "r": r, **KINDS[kind]})
     fast = train_lora(wide, X, y, 6, config, (X[:50], y[:50]), donors)
     monkeypatch.setattr(module, "_encode", lambda base, model, X, config: module._Plain(model, X))
     plain = train_lora(wide, X, y, 6, config, (X[:50], y[:50]), donors)

@@ -20,7 +20,7 @@ from scimlora.kernels import run_both, run_layers
 from scimlora.predict import Predictor, annotate_file
 from scimlora.rows import ahead
 
-HEAVY = {"peft", "transformers", "scanpy", "scimilarity", "sklearn", "numba", "matplotlib", "seaborn", "distributed", "streamlit"}
+HEAVY = {"torch", "peft", "transformers", "scanpy", "scimilarity", "sklearn", "numba", "matplotlib", "seaborn", "distributed", "streamlit"}
 
 
 def loaded_by(code):
@@ -30,9 +30,9 @@ def loaded_by(code):
 
 
 def test_import_and_help_load_no_numbers_machinery():
-    assert not loaded_by("import scimlora") & (HEAVY | {"torch", "pandas", "anndata", "numpy", "typer"})
+    assert not loaded_by("import scimlora") & (HEAVY | {"pandas", "anndata", "numpy", "typer"})
     code = "from scimlora.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
-    assert not loaded_by(code) & (HEAVY | {"torch", "pandas", "anndata", "scipy", "fastapi"})
+    assert not loaded_by(code) & (HEAVY | {"pandas", "anndata", "scipy", "fastapi"})
 
 
 def test_serving_loads_no_training_machinery(bundle_dir):
@@ -46,6 +46,27 @@ assert answer(predictor, [{{'INS': 9.0, 'IAPP': 7.5}}])[0]['cell_type']"""
 def test_annotating_few_cells_loads_no_compiler(bundle_dir, cells_file, tmp_path):
     code = f"from scimlora.cli import main\ntry: main(['annotate', {str(bundle_dir)!r}, {str(cells_file)!r}, '--out', {str(tmp_path / 'out.csv')!r}])\nexcept SystemExit as e: assert e.code == 0"
     assert not loaded_by(code) & HEAVY
+
+
+def test_embedding_a_matrix_loads_what_it_needs():
+    code = """
+import scipy.sparse as sp
+from scimlora.base import load_base
+base = load_base("mini")
+assert base.embed(sp.random(5, len(base.genes), 0.05, format="csr", random_state=0)).shape == (5, base.latent)"""
+    assert not loaded_by(code) & (HEAVY | {"pandas", "anndata"})
+
+
+def test_the_encoder_is_built_when_it_is_asked_for_and_is_the_one_that_embeds(other_cells):
+    import torch
+
+    base = load_base("mini")
+    X = align_cells(other_cells, base.genes).X[:20]
+    z = base.embed(X)
+    assert isinstance(base.weights, dict) and "_encoder" not in vars(base)
+    with torch.no_grad(): assert np.abs(base.encoder(torch.from_numpy(X.toarray())).numpy() - z).max() < 1e-5
+    base.encoder.network[-1].bias += 1
+    assert (base.weights["network.2.bias"] == load_base("mini").weights["network.2.bias"] + 1).all(), "the weights are the module's from then on"
 
 
 def test_both_embeddings_share_the_first_layer(bundle_dir, other_cells):

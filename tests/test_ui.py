@@ -475,7 +475,7 @@ def test_the_page_starts_without_training_packages():
     code = (f"import sys; sys.path.insert(0, {str(UI / 'src')!r})\n"
             "from scimlora.backends import Local; import page.charts\n"
             "print(Local('blood').ask({'CD19': 1.5, 'MS4A1': 2.5})['cell_type'])\n"
-            "assert not {'sklearn', 'peft', 'transformers', 'scanpy', 'matplotlib', 'scimlora.evaluation'} & set(sys.modules)")
+            "assert not {'torch', 'sklearn', 'peft', 'transformers', 'scanpy', 'matplotlib', 'scimlora.evaluation'} & set(sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "B cell"
 
 
