@@ -66,7 +66,7 @@ def test_the_encoder_is_built_when_it_is_asked_for_and_is_the_one_that_embeds(ot
     assert isinstance(base.weights, dict) and "_encoder" not in vars(base)
     with torch.no_grad(): assert np.abs(base.encoder(torch.from_numpy(X.toarray())).numpy() - z).max() < 1e-5
     base.encoder.network[-1].bias += 1
-    assert (base.weights["network.2.bias"] == load_base("mini").weights["network.2.bias"] + 1).all(), "the weights are the module's from then on"
+    assert (base.weights["network.2.bias"] == load_base("mini").weights["network.2.bias"].astype(np.float32) + 1).all(), "the weights are the module's from then on"
 
 
 def test_both_embeddings_share_the_first_layer(bundle_dir, other_cells):
