@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .adapters import changed_names, METHODS
+from .base import linears
 from .cached import CachedEncoder, OnCells, flatten, unflatten
 from .core import InputError, progress, seed_everything
-from .encoder import linear_names, weights_of
+from .encoder import weights_of
 from .heads import Head, make_head
 from .kernels import PRECISIONS
 from .losses import LOSSES, Decoder, class_loss, distillation, donor_triplet, mask_genes, supervised_contrast
@@ -121,7 +122,7 @@ def lora_targets(encoder, targets="all"):
     InputError
         If a name is no linear layer of this encoder.
     """
-    names = linear_names(encoder)
+    names = list(linears(weights_of(encoder)))
     if targets == "all": return names
     if targets == "no-first": return names[1:]
     chosen = [t.strip() for t in targets.split(",") if t.strip()]
