@@ -8,6 +8,7 @@ __all__ = ['Trip', 'Chain']
 # %% ../nbs/01ac_chains.ipynb #9b6dda7c
 import functools
 import os
+import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
@@ -171,6 +172,9 @@ def _pool(threads): return ThreadPoolExecutor(threads)
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
 
 
+_SOON = 3e-4  # seconds that a thread looks whether the others are done before it lies down to wait
+
+
 class Trip:
     "Hold a batch between forth and back: `z`, float32 of shape (n, latent), and what the way back needs."
 
@@ -218,11 +222,17 @@ class Chain:
         return _Held(rows(widths), rows(widths[:-1]), rows(widths[:-1]), rows(widths), few, thin(self.ranks, widths), thin(self.ranks[1:], widths),
                      thin(self.ranks, widths), tiles, np.zeros((n, widths[-1]), np.float32), np.zeros(n, np.float32))
 
-    def _each(self, work, n):
-        "Call `work` with the number of each part, in as many threads."
+    def _each(self, work, n, then=lambda t: None):
+        "Call `work` with the number of each part, in as many threads; and `then`, in the order of the parts, as soon as they are done."
         others = [_pool(self.threads - 1).submit(work, t) for t in range(1, n)]
         work(0)
-        for other in others: other.result()
+        then(0)
+        for t, other in enumerate(others, 1):
+            # To be woken takes a thread some 60 µs, as long as it has to wait here.
+            until = time.perf_counter() + _SOON
+            while not other.done() and time.perf_counter() < until: time.sleep(0)
+            other.result()
+            then(t)
 
     def forth(self, first, place, X, rows, genes, A, B, masks):
         """Take cells through all layers.
@@ -269,9 +279,12 @@ class Chain:
         genes, A, B
             Of the shapes that `forth` takes: what the parameters' gradients are added to, in place.
         """
-        self._each(lambda t: _back(dz[trip.bounds[t]], trip.A, trip.masks[t], self.frozen, trip.held[t]), len(trip.held))
         *cells, rows = trip.cells
-        for h, s in zip(trip.held, trip.bounds):
+
+        def settle(t):
+            h = trip.held[t]
             _settle(h, self.frozen.scales, A, B)
-            _walk(*cells, rows[s], genes, h.few[0][:len(h.z)], True)
+            _walk(*cells, rows[trip.bounds[t]], genes, h.few[0][:len(h.z)], True)
+
+        self._each(lambda t: _back(dz[trip.bounds[t]], trip.A, trip.masks[t], self.frozen, trip.held[t]), len(trip.held), settle)
         trip.end()

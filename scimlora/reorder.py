@@ -12,13 +12,33 @@ import numpy as np
 import scipy.sparse as sp
 from llvmlite import ir
 from numba import njit, types
+from numba.core.caching import FunctionCache
+from numba.core.cpu import CPUContext
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 # %% ../nbs/00f_reorder.ipynb #98078b3f
+class _Kept(FunctionCache):
+    "numba's cache, which reads loops without what numba compiles with."
+
+    def load_overload(self, sig, target_context):
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors(): return self._load_overload(sig, target_context)
+
+
+def _known():
+    "Whether numba itself would do the same, and load more."
+    does = lambda f: f.__code__.co_names
+    return (does(FunctionCache.load_overload) == ("refresh", "_guard_against_spurious_io_errors", "_load_overload")
+            and does(CPUContext.load_additional_registries)[:2] == ("rtsys", "initialize"))
+
+# %% ../nbs/00f_reorder.ipynb #aba3d42e
 def _njit(f, fastmath=True):
-    options = dict(nogil=True, fastmath=fastmath, error_model="numpy")
-    try: return njit(cache=True, **options)(f)
-    except RuntimeError: return njit(**options)(f)  # no folder that a cache could be kept in
+    f = njit(nogil=True, fastmath=fastmath, error_model="numpy")(f)
+    try: f.enable_caching()
+    except RuntimeError: return f  # no folder that a cache could be kept in
+    if _known(): f._cache = _Kept(f.py_func)
+    return f
 
 
 _exact = functools.partial(_njit, fastmath=False)

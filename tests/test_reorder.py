@@ -1,4 +1,6 @@
 "Columns in the model's order: the compiled loop gives what SciPy gives, to the bit, and cells come out the same whatever way they take."
+import os
+import subprocess
 import sys
 
 import anndata as ad
@@ -110,3 +112,46 @@ def test_empty_cells_are_counted_in_many_threads():
     a = Alignment(ad.AnnData(X, var=pd.DataFrame(index=["CD19", "CD74", "INS"])), ["INS", "CD19"])
     with ThreadPoolExecutor(8) as pool: parts = list(pool.map(a.linear, [slice(i, i + 1) for i in range(2000)]))
     assert a.empty == sum(p.nnz == 0 for p in parts) == (X[:, [0, 2]].sum(1) == 0).sum() > 100
+
+
+LOADS = """
+import sys
+import numpy as np, scipy.sparse as sp
+from scimlora.reorder import _known, move_columns
+
+x = sp.csr_matrix(np.arange(12, dtype=np.float32).reshape(3, 4))
+print(move_columns(x, np.array([2, 0, 3, 1]), 3).toarray().tolist())
+print(_known() and "numba.np.linalg" in sys.modules)
+
+from numba import njit
+
+print(njit(lambda a: np.linalg.norm(a) + np.array([1.0, 2.0]).sum())(np.array([3.0, 4.0])))
+print(move_columns(x, np.array([0, 1, 2, 3]), 3).toarray().tolist())
+"""
+
+
+@pytest.mark.skipif(not reorder._known(), reason="this numba reads its cache in another way")
+def test_what_is_on_the_disk_is_read_without_the_compiler(tmp_path):
+    def run():
+        out = subprocess.run([sys.executable, "-c", LOADS], env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=300)
+        assert out.returncode == 0, out.stderr
+        return out.stdout.split("\n")
+
+    made, read = run(), run()
+    assert list(tmp_path.rglob("*.nbc"))
+    assert (made.pop(1), read.pop(1)) == ("True", "False")
+    # what is compiled after it comes out as ever, and so does what was read
+    assert made == read == ["[[1.0, 3.0, 0.0], [5.0, 7.0, 4.0], [9.0, 11.0, 8.0]]", "8.0", "[[0.0, 1.0, 2.0], [4.0, 5.0, 6.0], [8.0, 9.0, 10.0]]", ""]
+
+
+def test_without_a_folder_for_the_cache_loops_are_compiled(monkeypatch):
+    monkeypatch.setattr(type(reorder._njit(lambda x: x)), "enable_caching", lambda self: (_ for _ in ()).throw(RuntimeError("no locator available")))
+    assert reorder._njit(lambda x: x + 1)(1) == 2
+
+
+def test_another_way_of_reading_is_left_to_numba(monkeypatch):
+    monkeypatch.setattr(reorder, "_known", lambda: False)
+    assert type(reorder._njit(places)._cache) is reorder.FunctionCache
+    monkeypatch.undo()
+    monkeypatch.setattr(reorder.FunctionCache, "load_overload", lambda self, sig, target_context: None)
+    assert not reorder._known()
