@@ -197,6 +197,20 @@ class OnCells:
     batch = 1024
     alone = contextlib.nullcontext  # what steps are made in
 
+    def optimizer(self, groups):
+        """Return what steps through an adapter's parameters.
+
+        Parameters
+        ----------
+        groups : list of dict
+            `params`, `lr` and `weight_decay`.
+
+        Returns
+        -------
+        torch.optim.AdamW
+        """
+        return torch.optim.AdamW(groups, fused=True)
+
     @torch.no_grad()
     def embed(self, batch=None):
         """Embed all cells.
@@ -252,6 +266,10 @@ class CachedEncoder(OnCells):
             if self.chain is not None: torch.set_num_threads(1)
             yield
         finally: torch.set_num_threads(threads)
+
+    def optimizer(self, groups):
+        "As `OnCells.optimizer`, compiled where steps are."
+        return super().optimizer(groups) if self.chain is None else _AdamW(groups, self.chain.adamw)
 
     def _keep(self, keep, limit):
         first, shape = self.layers[0], (self.X.shape[0], len(self.layers[0].bias))
@@ -344,3 +362,23 @@ def unflatten(params):
         As `flatten` left them.
     """
     for p in params: p.data, p.grad = p.data.clone(memory_format=torch.contiguous_format), None
+
+# %% ../nbs/02f_cached.ipynb #a2a5846f
+class _AdamW(torch.optim.AdamW):
+    "AdamW as a compiled loop, `scimlora.chains.adamw`, after which gradients are zero."
+
+    def __init__(self, groups, loop):
+        super().__init__(groups)
+        self._loop = loop
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state: state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                arrays = (t.detach().numpy() for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+                self._loop(*arrays, state["step"], group["lr"], group["weight_decay"], group["betas"], group["eps"])
+
+    def zero_grad(self, set_to_none=False): "Nothing: they are."

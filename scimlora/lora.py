@@ -320,10 +320,10 @@ def _groups(model, head, task):
     return [g for g in groups if g["params"]]
 
 
-def _optimizer(model, head, task):
+def _optimizer(encode, model, head, task):
     "AdamW and its schedule; the few and small parameters of LoRA in one piece."
     c, groups = task.config, _groups(model, head, task)
-    opt = torch.optim.AdamW(flatten(groups) if c.method == "lora" else groups, fused=True)
+    opt = encode.optimizer(flatten(groups) if c.method == "lora" else groups)
     total = c.epochs * task.per_epoch
     rise = max(1, total // 10)
     share = lambda t: 1.0 if c.schedule == "constant" else (t + 1) / rise if t < rise else 0.5 + 0.5 * math.cos(math.pi * (t - rise) / max(1, total - rise))
@@ -337,7 +337,7 @@ def _epoch(encode, model, head, opt, schedule, task):
     with encode.alone():
         for _ in range(task.per_epoch):
             loss = task.loss(encode, head, task.draw())
-            for p in (p for g in opt.param_groups for p in g["params"] if p.grad is not None): p.grad.zero_()
+            opt.zero_grad(set_to_none=False)
             loss.backward()
             if isinstance(encode, SharedEncoder): average_gradients(opt, encode.size)
             opt.step()
@@ -400,7 +400,7 @@ class _Best:
 
 def _fit(encode, model, head, task, val, best):
     "All epochs; returns the history."
-    opt, schedule = _optimizer(model, head, task)
+    opt, schedule = _optimizer(encode, model, head, task)
     config, history, seen = task.config, [], None if val is None else encode.over(val[0])
     for epoch in (bar := progress(range(config.epochs), "fine-tuning", unit="epoch")):
         row = {"epoch": epoch + 1, "loss": _epoch(encode, model, head, opt, schedule, task)}

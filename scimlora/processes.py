@@ -86,6 +86,10 @@ class SharedEncoder(OnCells):
         "What the own share's steps are made in."
         return self.encode.alone()
 
+    def optimizer(self, groups):
+        "As the encoder's in one process."
+        return self.encode.optimizer(groups)
+
     def __call__(self, rows, mask=0.0):
         "As `encode` does, for all rows of the batch."
         place = np.array_split(np.arange(len(rows)), self.size)[self.rank]
