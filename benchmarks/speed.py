@@ -341,7 +341,7 @@ def written(args, r):
              "## Targets", "", *table([*targets(r)], ["what", "wanted", "measured", "reached"]),
              "## Embedding", "", "Ratio: to the best buffer size of SCimilarity's `CellEmbedding.get_embeddings`. Difference: largest, of any coordinate of a point of unit length.", "",
              *table(r["embed"], ["cells", "genes a cell", "method", "cells/s", "ratio", "difference"]),
-             f"Peak memory of a process that embeds {args.embed:,} cells: SCimilarity, default buffer {memory['upstream'] / 1e9:.2f} GB; scimlora {memory['scimlora'] / 1e9:.2f} GB "
+             f"Peak memory of a process that embeds {args.embed:,} cells: SCimilarity with its default buffer, of 10,000 cells, {memory['upstream'] / 1e9:.2f} GB; scimlora {memory['scimlora'] / 1e9:.2f} GB "
              f"({memory['scimlora'] / memory['upstream']:.2f} of it), of which {memory['nothing'] / 1e9:.2f} GB are there before a base is opened.", "",
              f"Labels at bfloat16: {r['different']} of {r['compared']:,} real cells get another label from mini than at float32 ({1 - r['different'] / r['compared']:.3%} agree).", "",
              "## Where the time goes", "", f"The machine's limits with {machine['threads']} threads, measured in the same run: {machine['float32']:,.0f} GFLOP/s in float32, {machine['bfloat16']:,.0f} in bfloat16, "
@@ -368,7 +368,7 @@ def written(args, r):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, default=1_000_000, help="largest file for annotate")
-    parser.add_argument("--embed", type=int, default=8_192, help="cells to embed")
+    parser.add_argument("--embed", type=int, default=10_000, help="cells to embed; with fewer, SCimilarity's default buffer is not full")
     parser.add_argument("--together", type=int, default=20_000, help="cells to annotate beside the peers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", type=Path, default=HERE.parent / ".venv-peers", help="CellTypist's environment")
@@ -387,7 +387,7 @@ def main():
         kinds = {"10x, PBMC": aligned(X, names, base.genes, args.embed), "deep, pancreas": aligned(deep, deep_names, base.genes, args.embed)}
         embed = embedding(base, CellEmbedding(str(d / "base")), kinds, args.rounds)
         print(*embed, sep="\n", flush=True)
-        training = fine_tuning(base, aligned(X, names, base.genes, X.shape[0]), labels, max(args.rounds // 2, 1))
+        training = fine_tuning(base, aligned(X, names, base.genes, X.shape[0]), labels, args.rounds)
         print(*training, sep="\n", flush=True)
         sp.save_npz(d / "cells.npz", kinds["10x, PBMC"])
         memory = {p: child("-c", code, d / "base", d / "cells.npz")[1] for p, code in ALONE.items()}
