@@ -398,7 +398,7 @@ def main():
         one = X[int(np.argmin(np.abs(X.getnnz(1) - 900)))]
         service = served(bundle, dict(zip(names[one.indices].tolist(), one.data.tolist())))
         print(times, service, flush=True)
-        beside = peers(bundle, X, labels, var, together := min(args.together, args.cells), d, args.peers / "bin/python", max(args.rounds // 2, 1))
+        beside = peers(bundle, X, labels, var, together := min(args.together, args.cells), d, args.peers / "bin/python", args.rounds // 2 + 1)
         print(*beside, sep="\n", flush=True)
         sizes = annotate_sizes(bundle, X, labels, var, sorted({min(n, args.cells) for n in (100, 10_000, 100_000, args.cells)}), d)
     r = dict(embed=embed, training=training, trained=len(labels), memory=memory, machine=machine, steps=steps, different=different, compared=compared, times=times, service=service,
