@@ -47,7 +47,8 @@ def _tuned_layers(base, model, precision="float32"):
     "The layers of a PeftModel on a base's encoder."
     linears = [_parts_of(b)[0] for b in model.base_model.model.network]
     frozen = {f"network.{i}" + (".1" if isinstance(b, nn.Sequential) else ""): _parts_of(b)[0].weight for i, b in enumerate(base.encoder.network)}
-    moved = {n: getattr(m, "base_layer", m).weight.detach().sub(w).numpy() for (n, w), m in zip(frozen.items(), linears) if not torch.equal(getattr(m, "base_layer", m).weight, w)}
+    held = [getattr(m, "base_layer", m).weight.detach() for m in linears]
+    moved = {n: h.sub(w).numpy() for (n, w), h in zip(frozen.items(), held) if h.data_ptr() != w.data_ptr() and not torch.equal(h, w)}
     out = [_Tuned(*map(torch.from_numpy, (l.weight, l.bias, l.slope))) for l in (fold(base.weights, moved) if moved else base.layers)]
     for layer, linear, (_, norm) in zip(out, linears, map(_parts_of, base.encoder.network)):
         if not hasattr(linear, "lora_A"): continue

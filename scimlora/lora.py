@@ -8,6 +8,7 @@ __all__ = ['VARIANTS', 'TuneConfig', 'lora_targets', 'add_lora', 'set_train_mode
 
 # %% ../nbs/03_lora.ipynb #a085f87d
 import copy
+import functools
 import json
 import math
 import tempfile
@@ -135,6 +136,25 @@ def _product(lora_A, lora_B, adapter_name=None):
     return lora_B.weight @ lora_A.weight
 
 
+def _adapted(encoder, config):
+    "Put adapters on an encoder, in place."
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=lora_targets(encoder, config.targets),
+                      bias="none", use_rslora=config.variant == "rslora", use_dora=config.variant == "dora",
+                      init_lora_weights="pissa" if config.variant == "pissa" else True)
+    model = get_peft_model(encoder, lora).eval()
+    # peft finds B·A by passing a unit matrix of genes × genes through both, gigabytes at every step.
+    for m in model.modules():
+        if type(m).__name__ == "DoraLinearLayer": m.get_lora_weight = _product
+    return model
+
+
+def _beside(encoder):
+    "A copy of an encoder whose weights lie where the encoder's do: half of the memory, where they stand still."
+    return copy.deepcopy(encoder, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in encoder.parameters()})
+
+
 def add_lora(encoder, config=None):
     """Put LoRA adapters on a copy of a frozen encoder.
 
@@ -156,17 +176,7 @@ def add_lora(encoder, config=None):
     Hu et al., LoRA, ICLR 2022; Kalajdzievski, rsLoRA, 2023; Liu et al., DoRA, ICML 2024; Meng et al., PiSSA, NeurIPS 2024;
     implementation: the package peft.
     """
-    from peft import LoraConfig, get_peft_model
-
-    config = config or TuneConfig()
-    lora = LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=lora_targets(encoder, config.targets),
-                      bias="none", use_rslora=config.variant == "rslora", use_dora=config.variant == "dora",
-                      init_lora_weights="pissa" if config.variant == "pissa" else True)
-    model = get_peft_model(copy.deepcopy(encoder), lora).eval()
-    # peft finds B·A by passing a unit matrix of genes × genes through both, gigabytes at every step.
-    for m in model.modules():
-        if type(m).__name__ == "DoraLinearLayer": m.get_lora_weight = _product
-    return model
+    return _adapted(copy.deepcopy(encoder), config or TuneConfig())
 
 
 def set_train_mode(model):
@@ -356,7 +366,14 @@ class Tuned:
     config: TuneConfig
     counts: dict  # from `parameter_counts`
     history: list  # one dict an epoch: loss, and val_macro_f1, val_loss where there were validation cells
-    model: object = None  # the tuned module; for further training and tests, not saved
+    live: object = None  # the module that was trained; its frozen weights may lie where the base's do
+
+    @functools.cached_property
+    def model(self):
+        "The tuned module, with weights of its own, for further training and tests; not saved."
+        for p in self.live.parameters():
+            if not p.requires_grad: p.data = p.data.clone()
+        return self.live
 
 
 def _plain_lora(model, start, encoder, folder):
@@ -452,7 +469,7 @@ def train_lora(base, X, y, n_classes, config=None, val=None, donors=None, teache
     seed_everything(config.seed)
     y = torch.as_tensor(np.asarray(y), dtype=torch.long)
     if val is not None: val = (val[0], torch.as_tensor(np.asarray(val[1]), dtype=torch.long))
-    model = tunable(base.encoder, config, X)
+    model = _adapted(_beside(base.encoder), config) if config.method == "lora" else tunable(base.encoder, config, X)
     head, start, best = _head(model, base, X, y, n_classes, config), copy.deepcopy(model) if config.variant == "pissa" else None, _Best()
     if config.method in ("linear", "prototype"): history = [_untrained(base, head, X, y, val)]
     else: history = _fit(_encode(base, model, X, config), model, head, _Task(base, X, y, n_classes, config, donors, teacher), val, best)

@@ -99,6 +99,20 @@ def test_merged_is_unmerged(kind, base, cells, tuned):
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_trained_module_may_be_merged_in_place(kind, base, cells):
+    "In training its frozen weights lie where the base's do; whoever asks for the module gets weights of its own."
+    X, y, _ = cells
+    before = {k: v.clone() for k, v in base.encoder.state_dict().items()}
+    t = train_lora(base, X, y, 6, TuneConfig(**{"lr": 0.01, "epochs": 1, "steps": 5, **KINDS[kind]}))
+    places = lambda m: {p.data_ptr() for p in m.parameters()}
+    assert bool(places(t.live) & places(base.encoder)) == ("pissa" not in kind.lower())  # PiSSA's is opened anew on a copy
+    want = embed(t.live, X)
+    assert not places(t.model) & places(base.encoder)
+    assert far(embed(t.model.merge_and_unload(), X), want) < SAME
+    assert all(torch.equal(v, before[k]) for k, v in base.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_peft_opens_the_files(kind, base, cells, tuned, tmp_path):
     "On the base as it is, PiSSA too: what it took out of the base went back when it was saved."
     from peft import PeftModel
