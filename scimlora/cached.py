@@ -269,7 +269,18 @@ class CachedEncoder(OnCells):
         finally: torch.set_num_threads(threads)
 
     def optimizer(self, groups):
-        "As `OnCells.optimizer`, compiled where steps are."
+        """Return what steps through an adapter's parameters, compiled where steps are.
+
+        Parameters
+        ----------
+        groups : list of dict
+            `params`, `lr` and `weight_decay`.
+
+        Returns
+        -------
+        torch.optim.AdamW
+            Compiled, it leaves gradients zero after a step.
+        """
         return super().optimizer(groups) if self.chain is None else _AdamW(groups, self.chain.adamw)
 
     def _keep(self, keep, limit):

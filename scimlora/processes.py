@@ -87,7 +87,17 @@ class SharedEncoder(OnCells):
         return self.encode.alone()
 
     def optimizer(self, groups):
-        "As the encoder's in one process."
+        """Return what steps through an adapter's parameters, as the encoder in one process does.
+
+        Parameters
+        ----------
+        groups : list of dict
+            `params`, `lr` and `weight_decay`.
+
+        Returns
+        -------
+        torch.optim.AdamW
+        """
         return self.encode.optimizer(groups)
 
     def __call__(self, rows, mask=0.0):
