@@ -4,9 +4,10 @@
     python benchmarks/speed.py --cells 1000000 # annotate up to a million cells
 
 The base has SCimilarity v1.1's shape and random weights; the cells are real ones from the shared data, tiled. What is compared
-runs in turns, so that a busy machine slows all alike; figures are medians of the rounds. CellTypist runs in its own environment.
+runs in turns, so that a busy machine slows all alike; figures are medians of the rounds. CellTypist takes its turns in its own environment.
 """
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -260,6 +261,24 @@ def annotate_sizes(bundle, counts, labels, var, sizes, folder):
     return rows
 
 
+@contextlib.contextmanager
+def celltypist(python, folder):
+    "What makes CellTypist annotate peer.h5ad, by the name of its model: a process of its own, which waits between turns."
+    with open(folder / "celltypist.log", "w+") as log, subprocess.Popen([python, HERE / "speed_celltypist.py", folder / "train.h5ad", folder / "peer.h5ad"],
+                                                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as p:
+        def heard():
+            if line := p.stdout.readline(): return line
+            log.seek(0)
+            raise SystemExit(f"CellTypist failed: {log.read().strip()[-500:]}")
+
+        def ask(name):
+            print(name, file=p.stdin, flush=True)
+            heard()
+
+        yield {name: (lambda name=name: ask(name)) for name in json.loads(heard())}
+        p.stdin.close()
+
+
 def peers(bundle, counts, labels, var, n, folder, python, rounds):
     "The same cells in memory through scimlora, scikit-learn's logistic regression and CellTypist: rows of the table."
     import anndata as ad
@@ -274,11 +293,10 @@ def peers(bundle, counts, labels, var, n, folder, python, rounds):
     train.obs["cell_type"] = labels.astype(str)
     train.write_h5ad(folder / "train.h5ad")
     logistic = LogisticRegression(max_iter=100).fit(log1p_cp10k(counts), labels.astype(str))
-    took = in_turns({f"scimlora, {p}": (lambda p=p: annotate(predictors[p], cells)) for p in PRECISIONS} | {"logistic regression on all genes (scikit-learn)": lambda: logistic.predict_proba(log1p_cp10k(cells.X))}, rounds)
-    if python.exists():
-        p = subprocess.run([python, HERE / "speed_celltypist.py", folder / "train.h5ad", folder / "peer.h5ad", str(rounds)], capture_output=True, text=True)
-        if p.returncode: raise SystemExit(f"CellTypist failed: {p.stderr.strip()[-500:]}")
-        took |= json.loads(p.stdout.strip().splitlines()[-1])
+    jobs = {f"scimlora, {p}": (lambda p=p: annotate(predictors[p], cells)) for p in PRECISIONS} | {"logistic regression on all genes (scikit-learn)": lambda: logistic.predict_proba(log1p_cp10k(cells.X))}
+    if not python.exists(): took = in_turns(jobs, rounds)
+    else:
+        with celltypist(python, folder) as theirs: took = in_turns(jobs | theirs, rounds)
     return [dict(method=k, rate=f"{n / s:,.0f}", ratio=" and ".join(f"{s / took[f'scimlora, {p}']:.1f}" for p in PRECISIONS)) for k, s in took.items()]
 
 
