@@ -197,6 +197,7 @@ class OnCells:
 
     batch = 1024
     alone = contextlib.nullcontext  # what steps are made in
+    chain = None  # the compiled one, where there is one
 
     def optimizer(self, groups):
         """Return what steps through an adapter's parameters.
@@ -209,8 +210,9 @@ class OnCells:
         Returns
         -------
         torch.optim.AdamW
+            Compiled where steps are; it then leaves gradients zero.
         """
-        return torch.optim.AdamW(groups, fused=True)
+        return torch.optim.AdamW(groups, fused=True) if self.chain is None else _AdamW(groups, self.chain.adamw)
 
     @torch.no_grad()
     def embed(self, batch=None):
@@ -267,21 +269,6 @@ class CachedEncoder(OnCells):
             if self.chain is not None: torch.set_num_threads(1)
             yield
         finally: torch.set_num_threads(threads)
-
-    def optimizer(self, groups):
-        """Return what steps through an adapter's parameters, compiled where steps are.
-
-        Parameters
-        ----------
-        groups : list of dict
-            `params`, `lr` and `weight_decay`.
-
-        Returns
-        -------
-        torch.optim.AdamW
-            Compiled, it leaves gradients zero after a step.
-        """
-        return super().optimizer(groups) if self.chain is None else _AdamW(groups, self.chain.adamw)
 
     def _keep(self, keep, limit):
         first, shape = self.layers[0], (self.X.shape[0], len(self.layers[0].bias))

@@ -261,7 +261,7 @@ class Chain:
         work(0)
         then(0)
         for t, other in enumerate(others, 1):
-            # To be woken takes a thread some 60 µs, as long as it has to wait here.
+            # To be woken takes a thread about as long as it has to wait here.
             until = time.perf_counter() + _SOON
             while not other.done() and time.perf_counter() < until: time.sleep(0)
             other.result()

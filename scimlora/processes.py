@@ -80,25 +80,12 @@ class SharedEncoder(OnCells):
         From `join_processes`.
     """
 
-    def __init__(self, encode, rank, size): self.encode, self.rank, self.size, self.X = encode, rank, size, encode.X
+    def __init__(self, encode, rank, size):
+        self.encode, self.rank, self.size, self.X, self.chain = encode, rank, size, encode.X, encode.chain
 
     def alone(self):
         "What the own share's steps are made in."
         return self.encode.alone()
-
-    def optimizer(self, groups):
-        """Return what steps through an adapter's parameters, as the encoder in one process does.
-
-        Parameters
-        ----------
-        groups : list of dict
-            `params`, `lr` and `weight_decay`.
-
-        Returns
-        -------
-        torch.optim.AdamW
-        """
-        return self.encode.optimizer(groups)
 
     def __call__(self, rows, mask=0.0):
         "As `encode` does, for all rows of the batch."
