@@ -376,7 +376,7 @@ def written(args, r):
               f"One cell of {r['genes']} genes through HTTP on loopback: median {service['median']:.1f} ms, 99 % within {service['most']:.1f} ms; of these the model takes {service['model']:.1f} ms. "
               f"One cell alone reads {weights(r['genes']):.1f} MB of weights.", "",
               "## Annotate", "", f"In memory, the same {r['together']:,} cells for all; scimlora with adapter, gene path, calibration and the second embedding that tells strangers. Ratio: its rate over theirs, in float32 and in bfloat16.", "",
-              *table(r["beside"], ["method", "cells/s", "ratio"]), "From h5ad to h5ad with the command line, start-up included; a further cell: what each takes beyond the file before. A small file needs no compiled loops, which take a second to load. Copying: the same file to another until it lies on the disk, which is a part of the work.", "",
+              *table(r["beside"], ["method", "cells/s", "ratio"]), "From h5ad to h5ad with the command line, start-up included; a further cell: what each takes beyond the file before. A small file needs no compiled loops, which take time to load. Copying: the same file to another until it lies on the disk, which is a part of the work.", "",
               *table(r["sizes"], ["cells", "seconds", "cells/s", "µs for a further cell", "peak memory, GB", "file, GB", "copying it, s"])]
     # Measured by a command of its own, `make bench-serve`, with its machine in it.
     load = HERE / "SERVICE.md"
