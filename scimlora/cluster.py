@@ -13,6 +13,7 @@ from pathlib import Path
 from .core import InputError
 from .data import Alignment
 from .files import open_cells
+from .kernels import unshared
 from .predict import Predictor
 
 # %% ../nbs/03d_cluster.ipynb #9b99f70c
@@ -26,8 +27,8 @@ def _opened(bundle, base, precision, device, path, date, units):
 def _predict(bundle, base, precision, device, path, units, start, stop):
     "Runs on a worker: predictions of some rows, and how many cells among them were empty."
     predictor, alignment = _opened(bundle, base, precision, device, path, Path(path).stat().st_mtime_ns, units)
-    cells = alignment.cells(slice(start, stop))
-    return predictor.predict(cells), int((cells.X.getnnz(axis=1) == 0).sum())
+    cells, predictor = alignment.cells(slice(start, stop)), predictor.within((stop - start) / alignment.file.n_obs)
+    with unshared(): return predictor.predict(cells), int((cells.X.getnnz(axis=1) == 0).sum())
 
 
 def on_dask(scheduler=None, retries=5):

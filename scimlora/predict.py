@@ -194,10 +194,26 @@ class Predictor:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.base = base_of(self.bundle, base)
         self.genes, self.classes = self.base.genes, self.bundle.classes
-        self._how = dict(precision=precision, device=find_device(device))
+        self._how = dict(precision=precision, device=find_device(device), share=1)
         self.layers = served_layers(self.base, self.bundle.adapter_config, self.bundle.adapter)
         head = self.bundle.head
         self._W, self._b = head.weight.astype(np.float64).T, head.bias.astype(np.float64)
+
+    def within(self, share):
+        """Return the same predictor for calls that come one after another, or side by side, with a part of the cells each.
+
+        Parameters
+        ----------
+        share : float
+            As in `scimlora.kernels.run_layers`.
+
+        Returns
+        -------
+        Predictor
+        """
+        other = copy(self)
+        other._how = self._how | dict(share=share)
+        return other
 
     def embed(self, cells, units="auto"):
         """Embed cells with the adapter.
@@ -300,7 +316,7 @@ class Predictor:
             Of the gene path, if the bundle has one.
         """
         path = self.bundle.genepath
-        return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b, None if path is None else path.logits(cells.X, frozen, cells.measured, self._listed(cells), loops_embed(self.layers, cells.X))
+        return (z.astype(np.float64) * z.shape[1] ** 0.5) @ self._W + self._b, None if path is None else path.logits(cells.X, frozen, cells.measured, self._listed(cells), loops_embed(self.layers, cells.X, self._how["share"]))
 
     def proba(self, cells, z, frozen):
         """Return calibrated probabilities.
@@ -407,7 +423,8 @@ def in_this_process(predictor, alignment):
         In order.
     predictions : Predictions
     """
-    chunks, work = list(alignment.chunks()), lambda rows: (rows, predictor.predict(alignment.cells(rows)))
+    chunks, n = list(alignment.chunks()), alignment.file.n_obs
+    work = lambda rows: (rows, predictor.within((rows.stop - rows.start) / n).predict(alignment.cells(rows)))
     # One chunk has the threads for itself.
     yield from (map if len(chunks) < 2 else functools.partial(in_threads, most=_SIDE_BY_SIDE))(work, chunks)
 
@@ -442,6 +459,17 @@ def _joined(parts):
     return Predictions(parts[0].classes, *(np.concatenate([getattr(p, what) for p in parts]) for what in ("proba", "embedding", "reason")))
 
 
+def _walk(predictor, alignment, engine, write):
+    "Give each chunk's rows and predictions to `write`, which works behind, with a progress bar."
+    bar, written = progress(desc="annotating", total=alignment.file.n_obs, unit="cells"), None
+    with one_blas_thread(), ThreadPoolExecutor(1) as writer, bar:
+        for rows, p in engine(predictor, alignment):
+            if written is not None: written.result()
+            written = writer.submit(write, rows, p)
+            bar.update(len(p))
+        if written is not None: written.result()
+
+
 def annotate(predictor, adata, units="auto"):
     """Add labels, confidences and embeddings to an AnnData.
 
@@ -458,9 +486,15 @@ def annotate(predictor, adata, units="auto"):
     -------
     Predictions
     """
-    alignment = Alignment(adata, predictor.genes, units)
-    with one_blas_thread(): p = _joined([p for _, p in in_this_process(predictor, alignment)])
-    for name, values in _arrays(p.columns()).items(): adata.obs[name] = values
+    alignment, parts, columns = Alignment(adata, predictor.genes, units), [], []
+
+    def keep(_, p):
+        parts.append(p)
+        columns.append(p.columns())
+
+    _walk(predictor, alignment, in_this_process, keep)
+    p = _joined(parts)
+    for name, values in _arrays(pd.concat(columns, ignore_index=True)).items(): adata.obs[name] = values
     adata.obsm["X_scimlora"] = p.embedding
     adata.uns["scimlora"] = json.dumps(provenance(predictor, alignment.report, alignment.notes))
     return p
@@ -474,17 +508,6 @@ class FileAnnotation:
     notes: list  # the same in words
 
     def __len__(self): return len(self.table)
-
-
-def _walk(predictor, alignment, engine, write):
-    "Give each chunk's rows and predictions to `write`, which works behind, with a progress bar."
-    bar, written = progress(desc="annotating", total=alignment.file.n_obs, unit="cells"), None
-    with one_blas_thread(), ThreadPoolExecutor(1) as writer, bar:
-        for rows, p in engine(predictor, alignment):
-            if written is not None: written.result()
-            written = writer.submit(write, rows, p)
-            bar.update(len(p))
-        if written is not None: written.result()
 
 
 def _fill(f, predictor, alignment, engine):

@@ -50,38 +50,27 @@ def _lowest(typing, word):
     def build(context, builder, signature, args): return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
     return types.uint64(types.uint64), build
 
-
-@intrinsic
-def _number(typing, word):
-    "How many bits are set."
-    def build(context, builder, signature, args): return builder.ctpop(args[0])
-    return types.uint64(types.uint64), build
-
 # %% ../nbs/00f_reorder.ipynb #a47f83b2
 @_exact
 def _move(indptr, indices, data, to, sums, used, ends, columns, values):
-    "Fill a CSR matrix with moved columns. `sums` and `used` are zero, with a bit of `used` for each place; the last word's are not read."
-    one, low, high, done = np.uint64(1), np.uint64(63), np.uint64(6), np.uint64(0)
+    "Fill a CSR matrix with moved columns. `used` is zero, with a bit for each place; its last word is not read, and `sums` goes on for another."
+    one, low, high, done, nothing = np.uint64(1), np.uint64(63), np.uint64(6), np.uint64(0), sums.dtype.type(0)
     for i in range(len(indptr) - 1):
         for j in range(indptr[i], indptr[i + 1]):
             place = np.uint64(to[np.uint64(indices[j])])
-            sums[place] += data[j]
-            used[place >> high] |= one << (place & low)
-        end = done
+            word, bit = used[place >> high], one << (place & low)
+            before = sums[place]  # another row's, unless the bit is set
+            sums[place] = (before if word & bit else nothing) + data[j]
+            used[place >> high] = word | bit
         for w in range(len(used) - 1):
-            bits, at = used[w], end
-            end += _number(bits)
-            while at < end:
+            bits = used[w]
+            while bits:
                 for _ in range(4):
-                    columns[at] = (np.uint64(w) << high) + _lowest(bits)
+                    place = (np.uint64(w) << high) + _lowest(bits)
+                    columns[done], values[done] = place, sums[place]
+                    done += np.uint64((sums[place] != 0) & (bits != 0))
                     bits &= bits - one
-                    at += one
             used[w] = 0
-        for k in range(done, end):
-            place = np.uint64(columns[np.uint64(k)])
-            columns[done], values[done] = place, sums[place]
-            done += np.uint64(sums[place] != 0)
-            sums[place] = 0
         ends[i + 1] = done
 
 # %% ../nbs/00f_reorder.ipynb #18307b25
@@ -104,9 +93,9 @@ def move_columns(X, to, n):
     if not X.has_sorted_indices: X = X.tocsc().tocsr()
     words = -(-n // 64)
     to = np.where(to < n, to, 64 * words).astype(np.int32)  # a place whose bit is in the word that is not read
-    room, ends = X.nnz + 3, np.zeros(X.shape[0] + 1, X.indptr.dtype)  # bits are read four at a time
+    room, ends = X.nnz + 1, np.zeros(X.shape[0] + 1, X.indptr.dtype)  # what is read beyond the last has a place
     columns, values = np.empty(room, X.indices.dtype), np.empty(room, X.dtype)
-    _move(X.indptr, X.indices, X.data, to, np.zeros(64 * words + 1, X.dtype), np.zeros(words + 1, np.uint64), ends, columns, values)
+    _move(X.indptr, X.indices, X.data, to, np.zeros(64 * (words + 1), X.dtype), np.zeros(words + 1, np.uint64), ends, columns, values)
     out = sp.csr_matrix((values[:ends[-1]], columns[:ends[-1]], ends), (X.shape[0], n))
     out.has_canonical_format = True
     return out

@@ -334,7 +334,8 @@ def _in_turns(service, loop, tell):
     "An engine for `annotate_file` whose chunks wait their turn in the model's thread, so that others are answered in between; `tell` as above."
     def engine(predictor, alignment):
         for rows, cells in ahead((rows, alignment.cells(rows)) for rows in alignment.chunks()):
-            yield rows, asyncio.run_coroutine_threadsafe(service.batcher.call(predictor.predict, cells), loop).result()
+            one = predictor.within(len(cells) / alignment.file.n_obs)
+            yield rows, asyncio.run_coroutine_threadsafe(service.batcher.call(one.predict, cells), loop).result()
             tell(rows.stop / alignment.file.n_obs)
 
     return engine
