@@ -25,6 +25,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+import speed_precisions
 from large_files import write_h5ad
 from speed_turns import child, in_turns, tiled
 from scimlora.base import Base, load_base, load_head
@@ -350,6 +351,19 @@ def targets(r):
         yield dict(what=what, wanted=wanted, got=got, reached="yes" if reached else "no")
 
 
+def other_precisions(found):
+    "The lines on what precisions below float32 do."
+    took, rows = found["took"], []
+    for x in found["labels"]:
+        share = 1 - x["different"] / x["cells"]
+        rows.append(dict(type=x["kind"], of="weights and cells" if x["inputs"] else "weights", equal=f"{share:.3%}", difference=f"{x['largest']:.0e}",
+                         ms=f"{took[x['kind']]:.1f}" if x["inputs"] else "", ratio=f"{took['float32'] / took[x['kind']]:.1f}" if x["inputs"] else "", may="yes" if share >= 0.999 else "no"))
+    return ["## Other precisions", "", f"Labels of {found['labels'][0]['cells']:,} real cells from mini, with what is named rounded to the type in all layers but the last, and products and sums in float32 "
+            f"(int8: a scale for each column of weights and each cell). Milliseconds: torch's product of {speed_precisions.CELLS:,} cells and a layer of {speed_precisions.WIDTH:,} by {speed_precisions.WIDTH:,}, "
+            f"cells rounded on the way in; float32 takes {took['float32']:.1f}. What the labels allow: 99.9 % equal. scimlora offers bfloat16.", "",
+            *table(rows, ["type", "of", "labels equal", "difference", "ms", "faster than float32, times", "labels allow it"])]
+
+
 def written(args, r):
     "The lines of RESULTS.md."
     package, machine, memory, service = versions("scimlora", "torch", "numpy", "scipy", "numba", "scimilarity", "scikit-learn"), r["machine"], r["memory"], r["service"]
@@ -362,7 +376,7 @@ def written(args, r):
              f"Peak memory of a process that embeds {args.embed:,} cells: SCimilarity with its default buffer, of 10,000 cells, {memory['upstream'] / 1e9:.2f} GB; scimlora {memory['scimlora'] / 1e9:.2f} GB "
              f"({memory['scimlora'] / memory['upstream']:.2f} of it), of which {memory['nothing'] / 1e9:.2f} GB are there before a base is opened.", "",
              f"Labels at bfloat16: {r['different']} of {r['compared']:,} real cells get another label from mini than at float32 ({1 - r['different'] / r['compared']:.3%} agree).", "",
-             "## Where the time goes", "", f"The machine's limits with {machine['threads']} threads, measured in the same run: {machine['float32']:,.0f} GFLOP/s in float32, {machine['bfloat16']:,.0f} in bfloat16, "
+             *other_precisions(r["precisions"]), "## Where the time goes", "", f"The machine's limits with {machine['threads']} threads, measured in the same run: {machine['float32']:,.0f} GFLOP/s in float32, {machine['bfloat16']:,.0f} in bfloat16, "
              f"{machine['read']:.1f} GB/s read from memory; the steps below are those of float32 on one thread.", ""]
     if "tiles, float32" in machine:
         lines += [f"Products in tiles, on the matrix units, with the rows shared among the threads: {machine['tiles, float32']:,.0f} GFLOP/s in float32 made of three products of bfloat16, "
@@ -411,6 +425,8 @@ def main():
         memory = {p: child("-c", code, d / "base", d / "cells.npz")[1] for p, code in ALONE.items()}
         machine, steps = limits(torch.get_num_threads()), {k: profile(base.layers, M, args.rounds) for k, M in kinds.items()}
         different, compared = agreement()
+        precisions = dict(labels=speed_precisions.agreement(LABELLED), took=speed_precisions.products(3 * args.rounds))
+        print(*precisions["labels"], precisions["took"], sep="\n", flush=True)
         times = startup(args.rounds)
         bundle = tuned(base, d / "base")
         one = X[int(np.argmin(np.abs(X.getnnz(1) - 900)))]
@@ -419,7 +435,7 @@ def main():
         beside = peers(bundle, X, labels, var, together := min(args.together, args.cells), d, args.peers / "bin/python", args.rounds // 2 + 1)
         print(*beside, sep="\n", flush=True)
         sizes = annotate_sizes(bundle, X, labels, var, sorted({min(n, args.cells) for n in (100, 10_000, 100_000, args.cells)}), d)
-    r = dict(embed=embed, training=training, trained=len(labels), memory=memory, machine=machine, steps=steps, different=different, compared=compared, times=times, service=service,
+    r = dict(embed=embed, training=training, trained=len(labels), memory=memory, machine=machine, steps=steps, different=different, compared=compared, precisions=precisions, times=times, service=service,
              genes=one.nnz, beside=beside, together=together, sizes=sizes)
     (HERE / "RESULTS.md").write_text("\n".join(written(args, r)).rstrip() + "\n", encoding="utf-8")
 
