@@ -163,7 +163,10 @@ def class_centroids(y, n_classes, *embeddings):
     return [class_means(z, y, n_classes).astype(np.float32) for z in embeddings]
 
 # %% ../nbs/03a_calibration.ipynb #70442dca
-def centroid_distance(z, centroids):
+def _unit_rows(C): return C / np.maximum(np.linalg.norm(C, axis=1, keepdims=True), 1e-12)
+
+
+def centroid_distance(z, centroids, unit=False):
     """Return each cell's cosine distance to the nearest class centroid.
 
     Parameters
@@ -172,14 +175,15 @@ def centroid_distance(z, centroids):
         Embeddings of unit length.
     centroids : numpy.ndarray, shape (n_classes, latent)
         Mean embedding of each class, any length.
+    unit : bool
+        They have unit length already.
 
     Returns
     -------
     numpy.ndarray, shape (n_cells,)
         0 (same direction) to 2.
     """
-    unit = centroids / np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
-    return 1 - (z @ unit.T).max(1)
+    return 1 - (z @ (centroids if unit else _unit_rows(centroids)).T).max(1)
 
 
 def spread_of(distances):

@@ -371,7 +371,10 @@ class GenePath:
         weight : numpy.ndarray of float32, shape (latent, n_classes)
         bias : numpy.ndarray of float32, shape (n_classes,)
         """
-        return tuple((1 - _ANGLES) / self.scale[0] * v for v in (self.embedding, self.bias))
+        return self._beside
+
+    @cached_property
+    def _beside(self): return tuple((1 - _ANGLES) / self.scale[0] * v for v in (self.embedding, self.bias))
 
     def _logits(self, X, z, measured, compiled=False):
         weights, sums = self.sums(measured)

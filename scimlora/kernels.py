@@ -484,7 +484,8 @@ def in_threads(work, items, most=None):
 def _parts(n, batch):
     "Bounds of parts of equal size, at most `batch` cells; an even number of them from 256 cells on, unless other threads have others."
     k = -(-n // batch)
-    return np.linspace(0, n, (k if n < 256 or _is_alone() else k + k % 2) + 1).astype(int)
+    if n >= 256 and not _is_alone(): k += k % 2
+    return np.linspace(0, n, k + 1).astype(int) if k > 1 else (0, n)
 
 
 def _each(work, bounds):

@@ -22,7 +22,7 @@ import scipy.sparse as sp
 from .adapters import served_layers
 from .base import BASES, load_base, load_head
 from .bundle import Bundle, LinearHead, base_of, load_bundle
-from .calibration import Calibration, centroid_distance
+from .calibration import Calibration, _unit_rows, centroid_distance
 from .core import ad, atomic_path, one_blas_thread, progress, versions, InputError, pd
 from .data import NORMALISATION, Alignment, Cells, align_cells, log1p_cp10k_values
 from .files import add_columns, copy_to_h5ad, open_cells, read_cells, write_cells
@@ -371,7 +371,11 @@ class Predictor:
         -------
         numpy.ndarray, shape (n_cells, 2)
         """
-        return np.stack([centroid_distance(z, self.bundle.centroids), centroid_distance(frozen, self.bundle.base_centroids)], axis=1)
+        own, of_base = self._centroids
+        return np.stack([centroid_distance(z, own, unit=True), centroid_distance(frozen, of_base, unit=True)], axis=1)
+
+    @functools.cached_property
+    def _centroids(self): return _unit_rows(self.bundle.centroids), _unit_rows(self.bundle.base_centroids)
 
     def _reasons(self, cells, z, frozen, proba):
         cal, reason = self.bundle.calibration, np.full(len(z), "", dtype=object)
@@ -637,7 +641,7 @@ def _places(cells, genes, own):
             if (names := tuple(c)) not in same: same[names] = place_genes(names, genes).astype(np.int32)
             to = same[names]
         out.append(to)
-    return np.concatenate(out)
+    return np.concatenate(out) if len(out) > 1 else out[0]
 
 
 @functools.lru_cache(8)

@@ -488,7 +488,7 @@ def create_app(bundle, base=None, settings=None, more=None, **given):
                   docs_url="/docs" if settings.docs else None, redoc_url=None)
     app.state.service = service
     for add in (_error_handlers, _documentation): add(app)
-    for routes in (_about, _predicting, _explaining, _annotating): routes(app, service)
+    for routes in (_predicting, _about, _explaining, _annotating): routes(app, service)  # the first is found first
     _wrap(app, service)
     return app
 
