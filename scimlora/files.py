@@ -119,9 +119,10 @@ class CellFile:
         with self.turn: return self.places[where][rows]
 
     def chunks(self, where, values=5_000_000):
-        """Return slices of rows that hold at most about so many values each: all of one size, and an even number if there are several.
+        """Return slices of rows that hold at most about so many values each: of one size and an even number, if there are several.
 
-        A file that would be few slices is up to eight of 2,500 cells or more, for threads to end at about the same time.
+        A file that would be few slices is up to eight of 2,500 cells or more, and the last one comes in a half and two quarters, for
+        threads to end at about the same time.
 
         Parameters
         ----------
@@ -136,8 +137,9 @@ class CellFile:
         """
         a_cell = max(1, self.places[where].nnz / max(1, self.n_obs))
         n = max(-(-self.n_obs // int(min(max(values / a_cell, 64), 50_000))), min(8, self.n_obs // 2500))
-        bounds = np.linspace(0, self.n_obs, (n + n % 2 if n > 1 else n) + 1).astype(int).tolist()  # a small last one would be slow, and an odd one alone
-        return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:])]
+        if n > 1: n += n % 2  # an odd one would be alone
+        bounds = (np.r_[0:n, [n - 0.5, n - 0.25] if n > 1 else [], n] / n * self.n_obs).astype(int).tolist()
+        return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:]) if a < b]
 
     def __enter__(self): return self
 
