@@ -17,8 +17,7 @@ from .base import load_head
 from .calibration import class_means, fit_temperature
 from .core import InputError
 from .data import log1p_cp10k
-from .kernels import times_few
-from .rows import sum_rows
+from .kernels import times_few, weigh
 from .splits import folds
 
 # %% ../nbs/03ab_genepath.ipynb #4dbf44a7
@@ -61,15 +60,15 @@ def directions(X, weights):
     return X
 
 
-def _weighted(X, weights):
+def _weighted(X, weights, compiled=False):
     "Weighted values, zeros among them, and the length of each cell's."
-    values = X.data * weights[X.indices].astype(np.float32, copy=False)
-    return values, np.maximum(np.sqrt(sum_rows(values * values, X.indptr)), np.float32(1e-9))
+    values, squares = weigh(X, weights.astype(np.float32, copy=False), compiled)
+    return values, np.maximum(np.sqrt(squares), np.float32(1e-9))
 
 
 def _onto(X, weights, sums, compiled=False):
     "The product of `directions` with one weight a gene and class; nothing is copied and no zero looked for, which would take longer than one cell's product."
-    values, length = _weighted(X, weights)
+    values, length = _weighted(X, weights, compiled)
     if X.shape[0] == 1: return (values @ sums[X.indices])[None] / length[:, None]
     return times_few(sp.csr_matrix((values, X.indices, X.indptr), X.shape), None, sums, compiled) / length[:, None]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Layer', 'split_genes', 'times_few', 'find_device', 'unshared', 'threads', 'in_threads', 'run_layers',
-           'run_first', 'loops_pay', 'make_chain', 'loops_embed', 'back_few', 'run_both']
+           'run_first', 'loops_pay', 'make_chain', 'loops_embed', 'back_few', 'weigh', 'run_both']
 
 # %% ../nbs/01b_kernels.ipynb #d7412699
 import contextlib
@@ -24,6 +24,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .core import InputError, one_blas_thread, progress, torch
+from .rows import sum_rows
 
 # %% ../nbs/01b_kernels.ipynb #1290a714
 @dataclass(eq=False)  # told apart by identity, so that copies on a graphics card can be kept by layer
@@ -647,6 +648,28 @@ def back_few(X, rows, few, compiled):
     out = np.zeros((X.shape[1], few.shape[1]), np.float32)
     _compiled().scatter(X.indptr, X.indices, X.data, rows, np.ascontiguousarray(few), out)
     return out
+
+# %% ../nbs/01b_kernels.ipynb #d6b6da5c
+def weigh(X, weights, compiled):
+    """Multiply each value of some cells with its gene's weight.
+
+    Parameters
+    ----------
+    X : scipy.sparse.csr_matrix of float32, shape (n_cells, n_genes)
+    weights : numpy.ndarray of float32, shape (n_genes,)
+    compiled : bool
+        As `loops_embed` says.
+
+    Returns
+    -------
+    values : numpy.ndarray of float32, shape (n_values,)
+        In the order of `X.data`.
+    squares : numpy.ndarray of float32, shape (n_cells,)
+        The sum of their squares.
+    """
+    if compiled: return _compiled().weigh(X.indptr, X.indices, X.data, weights)
+    values = X.data * weights[X.indices]
+    return values, sum_rows(values * values, X.indptr)
 
 # %% ../nbs/01b_kernels.ipynb #4d4cf173
 def run_both(first, second, X, batch=3072, precision="float32", device="cpu", share=1):
