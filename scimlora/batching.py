@@ -28,6 +28,23 @@ class _Part:
     def __init__(self, items, future): self.items, self.future = items, future
 
 
+class _Begun:
+    "Something to wait for that has gone as far as it can at once."
+
+    def __init__(self, awaitable):
+        self._steps, self.done = awaitable.__await__(), False
+        try: self._next = next(self._steps)
+        except StopIteration as e: self.done, self.value = True, e.value
+
+    def __await__(self):
+        while True:
+            try: yield self._next
+            except BaseException as e:  # cancelled, which it may go on from
+                try: self._next = self._steps.throw(e)
+                except StopIteration as end: return end.value
+            else: return (yield from self._steps)
+
+
 async def within(seconds, awaitable):
     """Wait for something, but not for ever.
 
@@ -48,7 +65,9 @@ async def within(seconds, awaitable):
     """
     # `wait_for` makes a task of what it waits for, and what could go on at once has to wait for its turn; Python 3.10 has nothing else.
     if not hasattr(asyncio, "timeout"): return await asyncio.wait_for(awaitable, seconds)
-    async with asyncio.timeout(seconds): return await awaitable
+    begun = _Begun(awaitable)
+    if begun.done: return begun.value  # a timer would take longer
+    async with asyncio.timeout(seconds): return await begun
 
 # %% ../nbs/05e_batching.ipynb #c1d98666
 class Batcher:
@@ -65,9 +84,9 @@ class Batcher:
     seconds : float
         How long a caller waits.
     seen : callable, optional
-        Called with the size of each batch and its seconds.
+        Called with the size of each batch and its seconds, not counting those before its turn came; in the thread, or in the event loop.
     brief : callable, optional
-        Called with the items of a batch; where it returns True and the thread is free, they are answered in the event loop.
+        Called with the items of a caller who comes alone; where it returns True and the thread is free, they are answered in the event loop.
     """
 
     def __init__(self, run, most=256, waiting=20_000, seconds=30.0, seen=None, brief=lambda items: False):
@@ -96,9 +115,18 @@ class Batcher:
         if self._closed: raise Busy("the service is ending")
         if self.waiting and self.waiting + len(items) > self.limit: raise Busy("too many cells are waiting", self._soon())
         self.waiting += len(items)
-        try: return await within(self.seconds, self._in_parts(items))
+        try:
+            if self._alone(items) and self._brief(items):
+                await asyncio.sleep(0)  # whoever comes at the same time has come then
+                # A thread is reached in a tenth of a millisecond, and begins on a core that has none of the cell in its cache.
+                if self._alone(items) and self._turn.acquire(blocking=False):
+                    try: return self._counted(self._run, items)
+                    finally: self._turn.release()
+            return await within(self.seconds, self._in_parts(items))
         except asyncio.TimeoutError: raise Busy(f"no answer within {self.seconds:g} s, too many cells are waiting", self._soon()) from None
         finally: self.waiting -= len(items)
+
+    def _alone(self, items): return self.waiting == len(items)
 
     def _soon(self): return min(60, max(1, math.ceil(self.waiting / self._rate))) if self._rate else 1
 
@@ -132,27 +160,23 @@ class Batcher:
             parts = self._next()
             if parts: await self._answer(parts)
 
+    def _counted(self, run, items):
+        start = time.perf_counter()
+        try: return run(items)
+        finally:
+            seconds = time.perf_counter() - start
+            self._rate = 0.9 * self._rate + 0.1 * len(items) / max(seconds, 1e-6) if self._rate else len(items) / max(seconds, 1e-6)
+            if self._seen: self._seen(len(items), seconds)
+
     async def _answer(self, parts):
-        items, start = [x for p in parts for x in p.items], time.perf_counter()
-        try: answers = await self._answers(items)
+        try: answers = await self.call(self._counted, self._run, [x for p in parts for x in p.items])
         except Exception as e: answers = e
-        seconds = time.perf_counter() - start
-        self._rate = 0.9 * self._rate + 0.1 * len(items) / max(seconds, 1e-6) if self._rate else len(items) / max(seconds, 1e-6)
-        if self._seen: self._seen(len(items), seconds)
         for p in parts:
             mine = answers if isinstance(answers, Exception) else answers[:len(p.items)]
             answers = answers if isinstance(answers, Exception) else answers[len(p.items):]
             if p.future.done(): continue
             if isinstance(mine, Exception): p.future.set_exception(mine)
             else: p.future.set_result(mine)
-
-    async def _answers(self, items):
-        # A thread is reached in a tenth of a millisecond, and begins on a core that has none of the cell in its cache.
-        if self._turn.acquire(blocking=False):
-            try:
-                if self._brief(items): return self._run(items)
-            finally: self._turn.release()
-        return await self.call(self._run, items)
 
     async def call(self, function, *args):
         """Call a function in the model's thread, when its turn comes.
