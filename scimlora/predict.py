@@ -656,7 +656,9 @@ def _empty(shape):
 def _matrix(chosen, row, column, values, shape):
     "A CSR matrix of some of the values, in whose rows a gene stands once."
     X = _empty(shape)
-    X.data, X.indices, X.indptr = values[chosen], column[chosen], np.searchsorted(row[chosen], np.arange(shape[0] + 1)).astype(np.int32)
+    if chosen.all(): values, column = values.copy(), column.copy()  # sorted in place below
+    else: values, column, row = values[chosen], column[chosen], row[chosen]
+    X.data, X.indices, X.indptr = values, column, np.searchsorted(row, np.arange(shape[0] + 1)).astype(np.int32)
     X.sum_duplicates()
     return X
 
@@ -670,10 +672,11 @@ def _typed(cells, genes, units, own):
     used = np.bincount(row[known], minlength=len(size))
     for i in np.flatnonzero(used == 0)[:1]:
         raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(_short(g) for g in list(cells[i])[:3])}); give human gene symbols or Ensembl ids")
-    # A cell that comes with zeros says which genes were looked for; one without leaves out its zeros, or lists a few genes.
-    told = known & np.logical_or.reduceat(v == 0, begin)[row]
-    X, given = _matrix(known, row, to, v, shape), _matrix(told, row, to, np.ones(len(v)), shape) if told.any() else _empty(shape)
-    X.eliminate_zeros()
+    X, given, zero = _matrix(known, row, to, v, shape), _empty(shape), v == 0
+    if zero.any():
+        # A cell that comes with zeros says which genes were looked for; one without leaves out its zeros, or lists a few genes.
+        given = _matrix(known & np.logical_or.reduceat(zero, begin)[row], row, to, np.ones(len(v)), shape)
+        X.eliminate_zeros()
     X.data = log1p_cp10k_values(X.data, X.indptr)
     return Cells(X, None, genes, panel=used < FEW_GENES, measured=given), dict(units=units, genes_used=used, genes_unknown=size - used)
 
