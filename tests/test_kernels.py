@@ -322,3 +322,32 @@ def test_arrays_that_may_not_be_written_to(way):
     for layer in layers: layer.weight.flags.writeable = layer.bias.flags.writeable = False
     X.data.flags.writeable = X.indices.flags.writeable = X.indptr.flags.writeable = False
     for p in kernels.PRECISIONS: assert np.array_equal(run_layers(layers, X, precision=p), want[p])
+
+
+def test_what_comes_in_all_says_which_way_is_taken(real, monkeypatch):
+    mini, X = real
+    part, share = X[:len(mini.genes) // 100], 0.01
+    monkeypatch.setattr(kernels, "_LARGE", part.nnz * 256 / share)
+    assert not kernels.loops_embed(mini.layers, part) and kernels.loops_embed(mini.layers, part, share) == (kernels._compiled() is not None)
+    for z in (run_layers(mini.layers, part, share=share), *kernels.run_both(mini.layers, mini.layers, part, share=share)): assert far(z, run_layers(mini.layers, part)) < SAME
+
+
+def test_chunks_give_the_same_numbers_in_any_number_of_threads(real, monkeypatch):
+    mini, X = real
+    monkeypatch.setattr(kernels, "_LARGE", 0)
+    chunks, threads, seen = [slice(0, 700), slice(700, 1000)], torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            seen.append(np.vstack(list(in_threads(lambda rows: run_layers(mini.layers, X[rows]), chunks))))
+    finally: torch.set_num_threads(threads)
+    assert all(np.array_equal(z, seen[0]) for z in seen) and far(seen[0], run_layers(mini.layers, X[:1000])) < SAME
+
+
+def test_parts_are_one_where_others_work_beside():
+    assert list(kernels._parts(1000, 3072)) == [0, 500, 1000] and list(kernels._parts(200, 3072)) == [0, 200]
+    with kernels.unshared():
+        assert kernels.threads() == 1 and list(kernels._parts(1000, 3072)) == [0, 1000] and len(kernels._parts(7000, 3072)) == 4
+        with kernels.unshared(): pass
+        assert kernels.threads() == 1
+    assert kernels.threads() == torch.get_num_threads()
