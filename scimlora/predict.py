@@ -194,7 +194,7 @@ class Predictor:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.base = base_of(self.bundle, base)
         self.genes, self.classes = self.base.genes, self.bundle.classes
-        self._how = dict(precision=precision, device=find_device(device), share=1)
+        self._how, self._made = dict(precision=precision, device=find_device(device), share=1), {}
         self.layers = served_layers(self.base, self.bundle.adapter_config, self.bundle.adapter)
         head = self.bundle.head
         self._W, self._b = head.weight.astype(np.float64).T, head.bias.astype(np.float64)
@@ -211,9 +211,13 @@ class Predictor:
         -------
         Predictor
         """
-        other = copy(self)
+        other = copy(self)  # what is made once, in `_made`, is shared
         other._how = self._how | dict(share=share)
         return other
+
+    def _once(self, name, make):
+        if name not in self._made: self._made[name] = make()
+        return self._made[name]
 
     def embed(self, cells, units="auto"):
         """Embed cells with the adapter.
@@ -236,8 +240,8 @@ class Predictor:
         """
         return run_layers(self.layers, self._aligned(cells, units).X, **self._how)
 
-    @functools.cached_property
-    def _own(self): return own_names(tuple(self.genes))
+    @property
+    def _own(self): return self._once("own", lambda: own_names(tuple(self.genes)))
 
     def read(self, cells, units="auto"):
         """Read cells that are dictionaries.
@@ -374,8 +378,8 @@ class Predictor:
         own, of_base = self._centroids
         return np.stack([centroid_distance(z, own, unit=True), centroid_distance(frozen, of_base, unit=True)], axis=1)
 
-    @functools.cached_property
-    def _centroids(self): return _unit_rows(self.bundle.centroids), _unit_rows(self.bundle.base_centroids)
+    @property
+    def _centroids(self): return self._once("centroids", lambda: (_unit_rows(self.bundle.centroids), _unit_rows(self.bundle.base_centroids)))
 
     def _reasons(self, cells, z, frozen, proba):
         cal, reason = self.bundle.calibration, np.full(len(z), "", dtype=object)
@@ -390,8 +394,8 @@ class Predictor:
         reason[np.diff(cells.X.indptr) == 0] = "no counts in the model's genes"
         return reason
 
-    @functools.cached_property
-    def _tree(self): return hierarchy({c: (self.bundle.manifest.get("labels") or {}).get(c) for c in self.classes})
+    @property
+    def _tree(self): return self._once("tree", lambda: hierarchy({c: (self.bundle.manifest.get("labels") or {}).get(c) for c in self.classes}))
 
     def _broader(self, proba):
         "What cells surely are a kind of that no single label is sure enough for, as the end of a sentence."

@@ -16,7 +16,7 @@ from scimlora.base import load_base
 from scimlora.core import InputError
 from scimlora.data import Alignment, align_cells
 from scimlora.files import CellFile
-from scimlora.kernels import run_both, run_layers
+from scimlora.kernels import run_both, run_layers, threads
 from scimlora.predict import Predictor, annotate_file
 from scimlora.rows import ahead
 
@@ -187,3 +187,12 @@ def test_the_command_line_says_what_it_takes(bundle_dir, cells_file, tmp_path):
     for option, value in (("--engine", "spark"), ("--precision", "int3"), ("--scheduler", "tcp://127.0.0.1:9"), ("--device", "tpu")):
         run = subprocess.run([sys.executable, "-m", "scimlora", "annotate", bundle_dir, cells_file, "--out", tmp_path / "out.csv", option, value], capture_output=True, text=True)
         assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.csv").exists()
+
+
+def test_what_a_predictor_makes_once_is_made_once_for_all_chunks(bundle_dir, cells_file, small_chunks, tmp_path, monkeypatch):
+    made, hierarchy = [], predict.hierarchy
+    monkeypatch.setattr(predict, "hierarchy", lambda labels: made.append(labels) or hierarchy(labels))
+    predictor = Predictor(bundle_dir)
+    predictor.bundle.calibration.min_confidence = 1.1  # nothing is sure enough, so that broader names are looked for in every chunk
+    annotate_file(predictor, cells_file, tmp_path / "out.csv")
+    assert 1 <= len(made) <= threads() and predictor.within(0.5)._centroids is predictor._centroids  # threads that begin together may each make it
