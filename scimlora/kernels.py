@@ -445,13 +445,6 @@ def _alone(of_torch):
         of_torch[1](1)
 
 # %% ../nbs/01b_kernels.ipynb #7b17e463
-def _unshared(work):
-    "As in a thread of several, where there is one in all: numbers shall not depend on how many there are."
-    def alone(item):
-        with unshared(), one_blas_thread(): return work(item)
-    return alone
-
-
 def in_threads(work, items, most=None):
     """Call a function with each item, in as many threads as `threads` says; NumPy's matrix library and torch get one in each.
 
@@ -469,7 +462,9 @@ def in_threads(work, items, most=None):
         result would have come. The threads end with this generator, also when that is left early.
     """
     n, of_torch, out = min(threads(), most or threads()), _torch_threads(), deque()
-    if n == 1: return (yield from map(_unshared(work) if threads() == 1 else work, items))  # one of several threads has them all
+    if n == 1 < threads(): return (yield from map(work, items))  # one alone has all threads
+    if n == 1:  # as in one of several: numbers shall not depend on how many there are
+        with one_blas_thread(): return (yield from map(unshared()(work), items))
     before, pool = of_torch and of_torch[0](), ThreadPoolExecutor(n, initializer=_alone, initargs=(of_torch,))
     with one_blas_thread():
         try:
