@@ -69,7 +69,7 @@ def _weighted(X, weights, compiled=False):
 def _onto(X, weights, sums, compiled=False):
     "The product of `directions` with one weight a gene and class; nothing is copied and no zero looked for, which would take longer than one cell's product."
     values, length = _weighted(X, weights, compiled)
-    if X.shape[0] == 1: return (values @ sums[X.indices])[None] / length[:, None]
+    if X.shape[0] == 1: return (values @ sums.take(X.indices, 0))[None] / length[:, None]
     return times_few(sp.csr_matrix((values, X.indices, X.indptr), X.shape), None, sums, compiled) / length[:, None]
 
 # %% ../nbs/03ab_genepath.ipynb #f24f3172

@@ -67,7 +67,6 @@ def split_genes(X, share, compiled=False):
 
 # %% ../nbs/01b_kernels.ipynb #35f53d4f
 _ROWS = 512  # cells at a time where all is dense: what passes from one step to the next stays in the cache
-_FEW, _SMALL = 8, 2**19  # rows, and multiplications that the library makes at once without copying the weights first
 
 
 def _tensor(values):
@@ -85,11 +84,7 @@ def _times(h, weight, precision):
     if precision == "bfloat16":
         h, weight = (torch.from_numpy(v).view(torch.bfloat16) for v in (h, weight))
         return (h @ weight).float().numpy()
-    if not 1 < len(h) <= _FEW: return h @ weight
-    out = np.zeros((len(h), weight.shape[1]), np.float32)
-    step = max(_SMALL // out.size, 1)
-    for a in range(0, len(weight), step): out += h[:, a:a + step] @ weight[a:a + step]
-    return out
+    return h @ weight
 
 # %% ../nbs/01b_kernels.ipynb #b77c9bb6
 def _plain(X, layer, share, precision):
@@ -239,10 +234,22 @@ def _bend(h, slope):
     return h
 
 # %% ../nbs/01b_kernels.ipynb #e814a294
+_FEW, _SMALL = 4, 3 * 2**18  # rows, and multiplications that the library makes at once without copying the weights first
+
+
+def _times_turned(h, layer):
+    "The product of a few cells with a layer, whose weights lie side by side for each of its outputs: so the library reads them once, at memory's pace."
+    turned = _kept(layer, "turned", lambda w: np.ascontiguousarray(w.T))
+    out, step = np.empty((len(h), len(turned)), np.float32), max(_SMALL // h.size, 1)
+    for a in range(0, len(turned), step): np.matmul(h, turned[a:a + step].T, out=out[:, a:a + step])
+    return out
+
+
 def _dense(h, slope, layer, precision):
     "A block of cells bent, in place, and its product with the next layer."
-    weight = layer.weight if precision == "float32" else _kept(layer, precision, lambda w: _as(w, precision))
-    out = _times(_as(_bend(h, slope), precision), weight, precision)
+    h = _bend(h, slope)
+    if precision == "float32": out = _times_turned(h, layer) if 1 < len(h) <= _FEW else h @ layer.weight
+    else: out = _times(_as(h, precision), _kept(layer, precision, lambda w: _as(w, precision)), precision)
     out += layer.bias
     return out
 

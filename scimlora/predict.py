@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predictions', 'as_table', 'untuned', 'open_bundle', 'Predictor', 'in_this_process', 'provenance', 'annotate',
-           'FileAnnotation', 'annotate_file', 'genes_to_cells']
+           'FileAnnotation', 'annotate_file', 'OwnNames', 'genes_to_cells']
 
 # %% ../nbs/03c_predict.ipynb #fbb15b7c
 import functools
@@ -13,7 +13,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +241,7 @@ class Predictor:
         return run_layers(self.layers, self._aligned(cells, units).X, **self._how)
 
     @property
-    def _own(self): return self._once("own", lambda: own_names(tuple(self.genes)))
+    def _own(self): return self._once("own", lambda: OwnNames(self.genes))
 
     def read(self, cells, units="auto"):
         """Read cells that are dictionaries.
@@ -391,7 +391,7 @@ class Predictor:
             # A handful of genes lies far from whole cells whatever it is, but not at a right angle to what it is of.
             strange = np.where(self._few(cells), d[:, 0] > _PANEL_DISTANCE, strange)
             reason[strange] = "unlike every class it was taught"
-        reason[np.diff(cells.X.indptr) == 0] = "no counts in the model's genes"
+        reason[cells.X.indptr[1:] == cells.X.indptr[:-1]] = "no counts in the model's genes"
         return reason
 
     @property
@@ -612,7 +612,7 @@ def _check_cells(cells):
         _check_values(c, i)
 
 
-def _every_value(cells): return chain.from_iterable(c.values() for c in cells)
+def _every_value(cells): return cells[0].values() if len(cells) == 1 else chain.from_iterable(c.values() for c in cells)
 
 
 def _linear(cells, units):
@@ -634,18 +634,55 @@ def _linear(cells, units):
     return v, size, begin, units
 
 
+# %% ../nbs/03c_predict.ipynb #54d9a5e3
+class OwnNames:
+    """Find the columns of many of a model's genes at once, by their names as the model has them.
+
+    Name by name, a dictionary of 28,000 waits for memory three times each; here all names wait side by side. A name is told from
+    others by its hash of 64 bits.
+
+    Parameters
+    ----------
+    genes : sequence of str
+        The model's genes, in the order of its input.
+    """
+
+    def __init__(self, genes):
+        self.own, n = own_names(tuple(genes)), len(genes)
+        self.hashes, self.slots = np.full(n + 1, -1), np.full(1 << (n.bit_length() + 4), n, np.int32)  # no hash is -1
+        self.hashes[list(self.own.values())] = list(map(hash, self.own))
+        self.slots[self.hashes & len(self.slots) - 1] = np.arange(n + 1)
+        self.slots[-1] = n
+
+    def __call__(self, names):
+        """Return the column of each name.
+
+        Parameters
+        ----------
+        names : sequence, or dict, of str
+
+        Returns
+        -------
+        numpy.ndarray of int32, shape (n_names,)
+            -1 for a name that is not one of the model's as it stands.
+        """
+        sought = np.fromiter(map(hash, names), np.int64, len(names))
+        to = self.slots.take(sought & len(self.slots) - 1)
+        if not (found := self.hashes.take(to) == sought).all():  # unknown, or its place is another's
+            names = list(names)
+            for i in np.flatnonzero(~found).tolist(): to[i] = self.own.get(names[i], -1)
+        return to
+
 # %% ../nbs/03c_predict.ipynb #fcea734a
-def _places(cells, genes, own):
+def _places(cells, size, begin, genes, own):
     "The model's column of each gene, those of all cells in a row, as `place_genes` gives it."
-    same, out = {}, []
-    for c in cells:
-        to = np.fromiter(map(own.get, c, repeat(-1)), np.int32, len(c))
-        if to.min() < 0:
-            # Cells of one panel have the same names, which are looked up once.
-            if (names := tuple(c)) not in same: same[names] = place_genes(names, genes).astype(np.int32)
-            to = same[names]
-        out.append(to)
-    return np.concatenate(out) if len(out) > 1 else out[0]
+    to, same = own(cells[0] if len(cells) == 1 else list(chain.from_iterable(cells))), {}
+    if to.min() >= 0: return to
+    for i in np.flatnonzero(np.minimum.reduceat(to, begin) < 0).tolist():
+        # Cells of one panel have the same names, which are looked up once.
+        if (names := tuple(cells[i])) not in same: same[names] = place_genes(names, genes)
+        to[begin[i]:begin[i] + size[i]] = same[names]
+    return to
 
 
 @functools.lru_cache(8)
@@ -654,7 +691,9 @@ def _template(shape): return sp.csr_matrix(shape)
 
 def _empty(shape):
     "A CSR matrix of no values, whose arrays are to be replaced and not written to; SciPy's constructor takes longer than to read one cell's values."
-    return copy(_template(shape))
+    X = object.__new__(sp.csr_matrix)
+    vars(X).update(vars(_template(shape)))
+    return X
 
 
 def _matrix(chosen, row, column, values, shape):
@@ -670,11 +709,13 @@ def _matrix(chosen, row, column, values, shape):
 # %% ../nbs/03c_predict.ipynb #501cf179
 def _typed(cells, genes, units, own):
     "What `genes_to_cells` returns, without `obs`, and the columns of `obs`: of one cell, a table would take as long as all its values."
-    (v, size, begin, units), to = _linear(cells, units), _places(cells, genes, own)
+    v, size, begin, units = _linear(cells, units)
+    to = _places(cells, size, begin, genes, own)
     if len(size) == 1: v, to = v[order := np.argsort(to)], to[order]  # NumPy sorts one cell sooner than SciPy
     row, known, shape = np.repeat(np.arange(len(size)), size), to >= 0, (len(size), len(genes))
     used = np.bincount(row[known], minlength=len(size))
-    for i in np.flatnonzero(used == 0)[:1]:
+    if not used.all():
+        i = int(used.argmin())
         raise InputError(f"cell {i}: none of its genes is known to the model ({', '.join(_short(g) for g in list(cells[i])[:3])}); give human gene symbols or Ensembl ids")
     X, given, zero = _matrix(known, row, to, v, shape), _empty(shape), v == 0
     if zero.any():
@@ -696,8 +737,8 @@ def genes_to_cells(cells, genes, units="auto", own=None):
         The model's genes.
     units : {'auto', 'counts', 'cpm', 'log1p_cp10k'}, or a sequence of them
         What the values are, of all cells or of each.
-    own : dict of str to int, optional
-        `scimlora.genes.own_names` of the genes, where they are at hand.
+    own : OwnNames, optional
+        Those of the genes, where they are at hand.
 
     Returns
     -------
@@ -710,6 +751,6 @@ def genes_to_cells(cells, genes, units="auto", own=None):
     InputError
         If a value is no finite number or negative, or a cell has no gene that the model knows.
     """
-    cells, told = _typed(cells, genes, units, own_names(tuple(genes)) if own is None else own)
+    cells, told = _typed(cells, genes, units, OwnNames(genes) if own is None else own)
     cells.obs = pd.DataFrame(told)
     return cells

@@ -94,8 +94,10 @@ def sum_rows(values, indptr):
     numpy.ndarray of the values' dtype, shape (n_rows,)
         0 for an empty row.
     """
-    out, some = np.zeros(len(indptr) - 1, values.dtype), np.flatnonzero(np.diff(indptr))
-    out[some] = np.add.reduceat(values, indptr[some])
+    some = indptr[1:] > indptr[:-1]
+    if len(some) and some.all(): return np.add.reduceat(values, indptr[:-1])
+    out = np.zeros(len(some), values.dtype)
+    out[some] = np.add.reduceat(values, indptr[:-1][some])
     return out
 
 # %% ../nbs/00d_rows.ipynb #da05c25c
