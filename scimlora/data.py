@@ -49,8 +49,8 @@ def kind_of(X):
         common total), `'log'` (logarithm, scale unknown), or `'scaled'` (negative values).
     """
     if X.nnz and X.data.min() < 0: return "scaled"
-    X = sp.csr_matrix(X, dtype=np.float64)
     if (X.data == np.rint(X.data)).all(): return "counts"
+    X = sp.csr_matrix(X, dtype=np.float64)
     if X.shape[0] > 1 and _same_total(np.asarray(X.sum(1)).ravel()): return "cpm"
     if X.data.max() > 30: return "linear"
     total = _same_total(np.asarray(X.expm1().sum(1)).ravel())

@@ -208,9 +208,10 @@ def _small(x, layer, compiled=False):
     return times_few(x, None, layer.left, compiled) if sp.issparse(x) else x @ layer.left
 
 
-def _correct(h, small, layer):
+def _correct(h, small, layer, compiled=False):
     "Add a layer's correction to h, in place."
-    if small is not None: h += small @ layer.right
+    if small is not None and compiled: _compiled().add_few(h, small, layer.right)
+    elif small is not None: h += small @ layer.right
     return h
 
 # %% ../nbs/01b_kernels.ipynb #e415668c
@@ -284,7 +285,7 @@ def _choice(X, layers, share=1):
 def _first(X, layer, way, precision):
     "The first layer's output, (n_cells, width), before its bend."
     h = way.sparse(X, layer, _SHARE[way.name][precision], precision)
-    return _correct(h, _small(X, layer, way is not _PLAIN), layer)
+    return _correct(h, _small(X, layer, way is not _PLAIN), layer, way is not _PLAIN)
 
 
 def _rest(layers, h, way, precision, out, first=0):
@@ -292,7 +293,7 @@ def _rest(layers, h, way, precision, out, first=0):
     for before, layer in zip(layers, layers[1:]):
         # The last layer costs nothing, and its rounding would be the answer's.
         y = way.dense(h, before.slope, layer, "float32" if layer is layers[-1] else precision)
-        _correct(y[first:], _small(h[first:], layer), layer)
+        _correct(y[first:], _small(h[first:], layer), layer, way is not _PLAIN)
         h = y
     length = np.sqrt(np.einsum("ij,ij->i", h, h))[:, None]
     return np.divide(h, np.maximum(length, 1e-12, out=length), out=out)
@@ -308,7 +309,7 @@ def _finish_both(layers, h, small, way, precision, out):
     n = way.rows // 2
     for a in range(0, len(h), n):
         both, k = np.concatenate([h[a:a + n]] * 2), len(h[a:a + n])
-        if small is not None: _correct(both[k:], small[a:a + n], layers[0])
+        if small is not None: _correct(both[k:], small[a:a + n], layers[0], way is not _PLAIN)
         points = _rest(layers, both, way, precision, np.empty((2 * k, out[0].shape[1]), np.float32), k)
         for o, z in zip(out, (points[:k], points[k:])): o[a:a + n] = z
 
