@@ -302,6 +302,29 @@ def _fetch(builder, place, lines):
         builder.call(prefetch, [builder.gep(place, [builder.mul(k, _LONG(_LINE))]), _WORD(0), _WORD(2), _WORD(1)])  # to read; into the second cache; data
 
 
+def _step_of_one(builder, a, b):
+    "The same, in the same order, with one of the two tiles of weights, in three registers: rows are in 1 and weights in 2."
+    def rows(part): _tile(builder, "tileloadd64", 1, builder.gep(a, [_LONG(part * _TILE)]), _LONG(64))
+    def weights(part): _tile(builder, "tileloadd64", 2, builder.gep(b, [_LONG(2 * part * _TILE)]), _LONG(64))
+    for load, part in ((rows, 0), (weights, 1), (weights, 0), (rows, 1)):
+        load(part)
+        if load is weights or part: _call(builder, "tdpbf16ps", _BYTE(0), _BYTE(1), _BYTE(2))
+
+
+@intrinsic
+def _one_of_two(typing, out, at_out, stride, tiles, at_tiles, more, packed, at_packed, steps):
+    "The loop over steps for 16 rows and 16 columns of sums, of two parts."
+    def build(context, builder, signature, args):
+        sums, a, b = (builder.gep(builder.bitcast(_data(context, builder, signature, args, k), _PLACE), [args[k + 1]]) for k in (0, 3, 6))
+        _tile(builder, "tileloadd64", 0, sums, args[2])
+        with cgutils.for_range_slice(builder, _LONG(0), args[8], _LONG(1), _LONG) as (j, _):
+            _step_of_one(builder, builder.gep(a, [builder.mul(j, args[5])]), builder.gep(b, [builder.mul(j, _LONG(4 * _TILE))]))
+        _tile(builder, "tilestored64", 0, sums, args[2])
+        return context.get_dummy_value()
+    i = types.int64
+    return types.void(out, i, i, tiles, i, i, packed, i, i), build
+
+
 def _block_of(parts):
     "The loop over steps for 16 rows and 32 columns of sums, of which tiles, weights and sums begin at some byte; each step asks for some lines ahead."
     @intrinsic
@@ -324,7 +347,7 @@ def _block_of(parts):
 _one, _two = _block_of(1), _block_of(2)
 
 # %% ../nbs/01ab_tiles.ipynb #e78bacc4
-_DEPTH, _NEAR = 32, 8  # steps whose rows stay in the second cache while all columns pass, and whose weights stay in the first while all rows do
+_DEPTH, _NEAR = 32, 8  # steps whose rows stay in the second cache while all columns pass, and whose weights, of one part, stay in the first while all rows do
 _FEW = 4  # tiles of rows up to which weights are waited for, and fetched ahead
 
 
@@ -334,16 +357,20 @@ def _multiply(tiles, first, packed, out, layout):
     steps, parts, stride = packed.shape[1], packed.shape[2], np.int64(out.strides[0])
     more, of_rows, of_step = np.int64(tiles.shape[1] * parts * _TILE), np.int64(parts * _TILE), np.int64(2 * parts * _TILE)
     groups = len(out) // SIDE
-    lines = of_step // _LINE // groups if 0 < groups <= _FEW else np.int64(0)
+    few = groups <= _FEW
+    lines, near = of_step // _LINE // groups if few and groups else np.int64(0), _NEAR if few else _NEAR // parts
     for deep in range(0, steps, _DEPTH):
         for s in range(len(packed)):
-            for k in range(deep, min(deep + _DEPTH, steps), _NEAR):
-                n = np.int64(min(_NEAR, steps - k))
+            for k in range(deep, min(deep + _DEPTH, steps), near):
+                n = np.int64(min(near, steps - k))
                 for i in range(groups):
-                    sums, rows, weights = i * SIDE * stride + s * STEP * 4, k * more + (first + i) * of_rows, (s * steps + k) * of_step
+                    sums, rows, weights = np.int64(i * SIDE * stride + s * STEP * 4), np.int64(k * more + (first + i) * of_rows), np.int64((s * steps + k) * of_step)
                     ahead = n * of_step + i * n * lines * _LINE
-                    if parts == 2: _two(out, sums, stride, tiles, rows, more, packed, weights, n, ahead, lines)
-                    else: _one(out, sums, stride, tiles, rows, more, packed, weights, n, ahead, lines)
+                    if parts == 1: _one(out, sums, stride, tiles, rows, more, packed, weights, n, ahead, lines)
+                    elif few: _two(out, sums, stride, tiles, rows, more, packed, weights, n, ahead, lines)
+                    else:
+                        _one_of_two(out, sums, stride, tiles, rows, more, packed, weights, n)
+                        _one_of_two(out, np.int64(sums + 4 * SIDE), stride, tiles, rows, more, packed, np.int64(weights + _TILE), n)
     _end()
 
 
