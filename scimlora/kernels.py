@@ -246,21 +246,29 @@ def _times_turned(h, layer):
     return out
 
 
-def _dense(h, slope, layer, precision):
-    "A block of cells bent, in place, and its product with the next layer."
+def _dense(h, slope, layer, precision, first=0):
+    "The next layer's output before its bend, corrected from the cell `first` on, of a block of cells, which is bent in place."
     h = _bend(h, slope)
     if precision == "float32": out = _times_turned(h, layer) if 1 < len(h) <= _FEW else h @ layer.weight
     else: out = _times(_as(h, precision), _kept(layer, precision, lambda w: _as(w, precision)), precision)
     out += layer.bias
+    _correct(out[first:], _small(h[first:], layer), layer)
     return out
 
 
-def _dense_in_tiles(h, slope, layer, precision):
-    "The same."
-    parts, out = _PARTS[precision], _compiled().padded(len(h), layer.bias.size)
-    out[:] = layer.bias
+def _dense_in_tiles(h, slope, layer, precision, first=0):
+    "The same, in the block's own place if it has room."
+    parts, width = _PARTS[precision], layer.bias.size
+    out = h if h.shape[1] == width else _compiled().padded(len(h), width)
+
+    def start(rows):
+        after = slice(max(rows.start, first), rows.stop)
+        small = _small(h[after], layer)
+        out[rows] = layer.bias
+        _correct(out[after], small, layer, compiled=True)
+
     packed = _kept(layer, parts, lambda w: _tiles().pack(w, parts=parts))
-    _tiles().product(h, np.full(h.shape[1], slope if slope.size else 1, np.float32), packed, out)
+    _tiles().product(h, np.full(h.shape[1], slope if slope.size else 1, np.float32), packed, out, start)
     return out
 
 # %% ../nbs/01b_kernels.ipynb #649bff84
@@ -289,12 +297,10 @@ def _first(X, layer, way, precision):
 
 
 def _rest(layers, h, way, precision, out, first=0):
-    "From the first layer's output, before its bend, to points of unit length in `out`: a block of cells, corrected from `first` on."
+    "From the first layer's output, before its bend, to points of unit length in `out`: a block of cells, corrected from `first` on, which is written over."
     for before, layer in zip(layers, layers[1:]):
         # The last layer costs nothing, and its rounding would be the answer's.
-        y = way.dense(h, before.slope, layer, "float32" if layer is layers[-1] else precision)
-        _correct(y[first:], _small(h[first:], layer), layer, way is not _PLAIN)
-        h = y
+        h = way.dense(h, before.slope, layer, "float32" if layer is layers[-1] else precision, first)
     length = np.sqrt(np.einsum("ij,ij->i", h, h))[:, None]
     return np.divide(h, np.maximum(length, 1e-12, out=length), out=out)
 
@@ -304,11 +310,19 @@ def _finish(layers, h, way, precision, out):
     for a in range(0, len(h), way.rows): _rest(layers, h[a:a + way.rows], way, precision, out[a:a + way.rows])
 
 
+def _twice(h, way):
+    "Some rows, and the same once more."
+    if way is not _TILES: return np.concatenate([h, h])
+    both = _tiles().sums(2 * len(h), h.shape[1])
+    both[:len(h)] = both[len(h):] = h
+    return both
+
+
 def _finish_both(layers, h, small, way, precision, out):
     "The same for two encoders with the same weights, of which `layers` has the corrections of the second; `small` makes that of the first layer."
     n = way.rows // 2
     for a in range(0, len(h), n):
-        both, k = np.concatenate([h[a:a + n]] * 2), len(h[a:a + n])
+        both, k = _twice(h[a:a + n], way), len(h[a:a + n])
         if small is not None: _correct(both[k:], small[a:a + n], layers[0], way is not _PLAIN)
         points = _rest(layers, both, way, precision, np.empty((2 * k, out[0].shape[1]), np.float32), k)
         for o, z in zip(out, (points[:k], points[k:])): o[a:a + n] = z
