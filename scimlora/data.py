@@ -290,7 +290,8 @@ def log1p_cp10k_values(values, indptr):
     values = values.astype(np.float64)
     with np.errstate(over="ignore"): totals = sum_rows(values, indptr)
     if not np.isfinite(totals).all(): raise InputError("the values of a cell add up to more than a number can hold; give counts")
-    values *= np.repeat(1e4 / np.where(totals > 0, totals, 1), np.diff(indptr))
+    scale = 1e4 / np.where(totals > 0, totals, 1)
+    values *= scale if len(scale) == 1 else np.repeat(scale, np.diff(indptr))
     return np.log1p(values, out=values).astype(np.float32)
 
 
