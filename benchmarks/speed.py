@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.client import HTTPConnection
 from pathlib import Path
 
 import numpy as np
@@ -205,37 +207,69 @@ def startup(rounds):
     return took
 
 
-def served(bundle, cell, requests=500):
-    "Seconds until a service is ready, and the milliseconds of one cell through HTTP: median, 99th percentile, and the mean of what the model takes of them."
-    import socket
-    from http.client import HTTPConnection
+# What is left when a service does nothing: uvicorn reads the same body and answers at once.
+BARE = """
+import sys, uvicorn
 
+async def app(scope, receive, send):
+    if scope["type"] != "http": return
+    while (await receive()).get("more_body"): pass
+    await send(dict(type="http.response.start", status=200, headers=[(b"content-type", b"application/json"), (b"content-length", b"600")]))
+    await send(dict(type="http.response.body", body=b" " * 600))
+
+uvicorn.run(app, port=int(sys.argv[1]), log_level="critical", access_log=False)
+"""
+
+
+@contextlib.contextmanager
+def answering(*command):
+    "A service in a process of its own, which is given a port: the port, and the seconds until it was ready."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     start = time.perf_counter()
-    p = subprocess.Popen([sys.executable, "-m", "scimlora", "serve", str(bundle), "--base", str(Path(bundle).parent / "base"), "--port", str(port)], stderr=subprocess.DEVNULL)
+    p = subprocess.Popen([sys.executable, *map(str, command), str(port)], stderr=subprocess.DEVNULL)
     try:
         while True:
             try: ready = urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1).status == 200
             except OSError: ready = False
             if ready: break
-            if p.poll() is not None: raise SystemExit("scimlora serve ended before it was ready")
+            if p.poll() is not None: raise SystemExit("a service ended before it was ready")
             time.sleep(0.02)
-        ready_after = time.perf_counter() - start
-        body, line, took = json.dumps({"expression": cell, "units": "counts"}), HTTPConnection("127.0.0.1", port), []
-        for _ in range(requests + 20):
-            t = time.perf_counter()
-            line.request("POST", "/predict", body, {"Content-Type": "application/json"})
-            answer = line.getresponse()
-            if answer.read() and answer.status != 200: raise SystemExit(f"/predict answered {answer.status}")
-            took.append((time.perf_counter() - t) * 1e3)
-        numbers = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode().splitlines()
-        model = next(float(x.split()[1]) for x in numbers if x.startswith("scimlora_batch_seconds_sum")) / len(took) * 1e3
+        yield port, time.perf_counter() - start
     finally:
         p.terminate()
         p.wait()
-    return dict(ready=ready_after, median=float(np.median(took[20:])), most=float(np.percentile(took[20:], 99)), model=model)
+
+
+_BEFORE = 20  # requests that are not counted
+
+
+def asked(port, body, requests):
+    "The milliseconds of requests, one after the other on one line."
+    line, took = HTTPConnection("127.0.0.1", port), []
+    for _ in range(_BEFORE + requests):
+        t = time.perf_counter()
+        line.request("POST", "/predict", body, {"Content-Type": "application/json"})
+        answer = line.getresponse()
+        if answer.read() and answer.status != 200: raise SystemExit(f"/predict answered {answer.status}")
+        took.append((time.perf_counter() - t) * 1e3)
+    return took[_BEFORE:]
+
+
+def served(bundle, cell, rounds, requests=500):
+    """Seconds until a service is ready, and the milliseconds of one cell through HTTP: median, 99th percentile, what the model takes of them, and what is
+    taken where nothing is done. Medians of several services, in turns, and the least and most of their medians."""
+    body, runs = json.dumps({"expression": cell, "units": "counts"}), []
+    for _ in range(rounds):
+        with answering("-m", "scimlora", "serve", bundle, "--base", Path(bundle).parent / "base", "--port") as (port, ready):
+            took = asked(port, body, requests)
+            numbers = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode().splitlines()
+        model = next(float(x.split()[1]) for x in numbers if x.startswith("scimlora_batch_seconds_sum")) / (_BEFORE + requests) * 1e3
+        with answering("-c", BARE) as (port, _): bare = float(np.median(asked(port, body, requests)))
+        runs.append(dict(ready=ready, median=float(np.median(took)), most=float(np.percentile(took, 99)), model=model, bare=bare))
+    medians = [r["median"] for r in runs]
+    return {k: float(np.median([r[k] for r in runs])) for k in runs[0]} | dict(least=min(medians), greatest=max(medians))
 
 
 def copied(source, to):
@@ -387,7 +421,8 @@ def written(args, r):
               "Macro-F1 × 100 on three tenths of the cells, held out, after three passes of either, over three seeds.", "", *table(r["training"], ["way", "cells/s", "ratio", "macro-F1"]),
               f"The frozen first layer is computed once; what is left are the products with the other frozen weights, forth and back. If nothing else were done, at the best rate above, that would be {floor(machine):,.0f} cells/s.", "",
               "## Start and service", "", *table(times, ["what", "seconds"]),
-              f"One cell of {r['genes']} genes through HTTP on loopback: median {service['median']:.1f} ms, 99 % within {service['most']:.1f} ms; of these the model takes {service['model']:.1f} ms. "
+              f"One cell of {r['genes']} genes through HTTP on loopback: median {service['median']:.1f} ms ({service['least']:.1f} to {service['greatest']:.1f} in {args.rounds} services), 99 % within {service['most']:.1f} ms; of these "
+              f"the model takes {service['model']:.1f} ms, and {service['bare']:.1f} ms pass where uvicorn reads the same body and does nothing. "
               f"One cell alone reads {weights(r['genes']):.1f} MB of weights.", "",
               "## Annotate", "", f"In memory, the same {r['together']:,} cells for all; scimlora with adapter, gene path, calibration and the second embedding that tells strangers. Ratio: its rate over theirs, in float32 and in bfloat16.", "",
               *table(r["beside"], ["method", "cells/s", "ratio"]), "From h5ad to h5ad with the command line, start-up included; a further cell: what each takes beyond the file before. A small file needs no compiled loops, which take time to load. Copying: the same file to another until it lies on the disk, which is a part of the work.", "",
@@ -430,7 +465,7 @@ def main():
         times = startup(args.rounds)
         bundle = tuned(base, d / "base")
         one = X[int(np.argmin(np.abs(X.getnnz(1) - 900)))]
-        service = served(bundle, dict(zip(names[one.indices].tolist(), one.data.tolist())))
+        service = served(bundle, dict(zip(names[one.indices].tolist(), one.data.tolist())), args.rounds)
         print(times, service, flush=True)
         beside = peers(bundle, X, labels, var, together := min(args.together, args.cells), d, args.peers / "bin/python", args.rounds // 2 + 1)
         print(*beside, sep="\n", flush=True)
