@@ -8,7 +8,7 @@ IN_ENV = PATH="$$PWD/$(BIN):$$PATH"
 TORCH = 2.13.0
 DEPS = settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench bench-gpu bench-large benchmark-science benchmark-panels bench-unknown bench-conformal bench-forgetting reports bench-coverage bench-share bench-merging bench-retrieval bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
+.PHONY: help install install-dev demo test export notebooks docs readme colab ui mini blood bench bench-gpu bench-tiles bench-large benchmark-science benchmark-panels bench-unknown bench-conformal bench-forgetting reports bench-coverage bench-share bench-merging bench-retrieval bench-settings bench-serve bench-servers test-serve bench-fuzz constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -79,6 +79,9 @@ bench: install-dev $(PEERS)/made.stamp  ## speed and memory beside SCimilarity, 
 
 bench-gpu: install-dev  ## embedding on a graphics card, where there is one: benchmarks/GPU.md
 	$(IN_ENV) python benchmarks/gpu.py $(ARGS)
+
+bench-tiles: install-dev  ## products on matrix units by the registers in use, where there are such units: prints a table
+	$(IN_ENV) python benchmarks/tile_registers.py
 
 benchmark-science: install-dev $(PEERS)/made.stamp  ## methods against tuned peers on held-out donors, goes on where it stopped: benchmarks/SCIENCE.md
 	$(IN_ENV) OMP_NUM_THREADS=1 python benchmarks/science.py $(ARGS)
