@@ -257,7 +257,7 @@ def _dense(h, slope, layer, precision, first=0):
 
 
 def _dense_in_tiles(h, slope, layer, precision, first=0):
-    "The same, in the block's own place if it has room."
+    "The same; where the next layer is as wide, in the block's own place."
     parts, width = _PARTS[precision], layer.bias.size
     out = h if h.shape[1] == width else _compiled().padded(len(h), width)
 

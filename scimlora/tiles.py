@@ -303,7 +303,7 @@ def _fetch(builder, place, lines):
 
 
 def _step_of_one(builder, a, b):
-    "The same, in the same order, with one of the two tiles of weights, in three registers: rows are in 1 and weights in 2."
+    "The same of two parts, in the same order, with one of the two tiles of weights, in three registers: rows are in 1 and weights in 2."
     def rows(part): _tile(builder, "tileloadd64", 1, builder.gep(a, [_LONG(part * _TILE)]), _LONG(64))
     def weights(part): _tile(builder, "tileloadd64", 2, builder.gep(b, [_LONG(2 * part * _TILE)]), _LONG(64))
     for load, part in ((rows, 0), (weights, 1), (weights, 0), (rows, 1)):
@@ -311,40 +311,28 @@ def _step_of_one(builder, a, b):
         if load is weights or part: _call(builder, "tdpbf16ps", _BYTE(0), _BYTE(1), _BYTE(2))
 
 
-@intrinsic
-def _one_of_two(typing, out, at_out, stride, tiles, at_tiles, more, packed, at_packed, steps):
-    "The loop over steps for 16 rows and 16 columns of sums, of two parts."
-    def build(context, builder, signature, args):
-        sums, a, b = (builder.gep(builder.bitcast(_data(context, builder, signature, args, k), _PLACE), [args[k + 1]]) for k in (0, 3, 6))
-        _tile(builder, "tileloadd64", 0, sums, args[2])
-        with cgutils.for_range_slice(builder, _LONG(0), args[8], _LONG(1), _LONG) as (j, _):
-            _step_of_one(builder, builder.gep(a, [builder.mul(j, args[5])]), builder.gep(b, [builder.mul(j, _LONG(4 * _TILE))]))
-        _tile(builder, "tilestored64", 0, sums, args[2])
-        return context.get_dummy_value()
-    i = types.int64
-    return types.void(out, i, i, tiles, i, i, packed, i, i), build
-
-
-def _block_of(parts):
-    "The loop over steps for 16 rows and 32 columns of sums, of which tiles, weights and sums begin at some byte; each step asks for some lines ahead."
+def _block_of(parts, columns=2):
+    "The loop over steps for 16 rows and one or two tiles of sums, of which tiles, weights and sums begin at some byte; each step asks for some lines ahead."
     @intrinsic
     def block(typing, out, at_out, stride, tiles, at_tiles, more, packed, at_packed, steps, ahead, lines):
         def build(context, builder, signature, args):
             begin = lambda k: builder.gep(builder.bitcast(_data(context, builder, signature, args, k), _PLACE), [args[k + 1]])
             sums, a, b = begin(0), begin(3), begin(6)
-            both = [sums, builder.gep(sums, [_LONG(64)])]
-            for t, p in enumerate(both): _tile(builder, "tileloadd64", t, p, args[2])
+            held = [builder.gep(sums, [_LONG(64 * q)]) for q in range(columns)]
+            for t, p in enumerate(held): _tile(builder, "tileloadd64", t, p, args[2])
             with cgutils.for_range_slice(builder, _LONG(0), args[8], _LONG(1), _LONG) as (j, _):
                 _fetch(builder, builder.gep(b, [builder.add(args[9], builder.mul(j, builder.mul(args[10], _LONG(_LINE))))]), args[10])
-                _step(builder, builder.gep(a, [builder.mul(j, args[5])]), builder.gep(b, [builder.mul(j, _LONG(2 * parts * _TILE))]), parts)
-            for t, p in enumerate(both): _tile(builder, "tilestored64", t, p, args[2])
+                at = builder.gep(a, [builder.mul(j, args[5])]), builder.gep(b, [builder.mul(j, _LONG(2 * parts * _TILE))])
+                if columns == 2: _step(builder, *at, parts)
+                else: _step_of_one(builder, *at)
+            for t, p in enumerate(held): _tile(builder, "tilestored64", t, p, args[2])
             return context.get_dummy_value()
         i = types.int64
         return types.void(out, i, i, tiles, i, i, packed, i, i, i, i), build
     return block
 
 
-_one, _two = _block_of(1), _block_of(2)
+_one, _two, _two_by_column = _block_of(1), _block_of(2), _block_of(2, columns=1)
 
 # %% ../nbs/01ab_tiles.ipynb #e78bacc4
 _DEPTH, _NEAR = 32, 8  # steps whose rows stay in the second cache while all columns pass, and whose weights, of one part, stay in the first while all rows do
@@ -369,8 +357,8 @@ def _multiply(tiles, first, packed, out, layout):
                     if parts == 1: _one(out, sums, stride, tiles, rows, more, packed, weights, n, ahead, lines)
                     elif few: _two(out, sums, stride, tiles, rows, more, packed, weights, n, ahead, lines)
                     else:
-                        _one_of_two(out, sums, stride, tiles, rows, more, packed, weights, n)
-                        _one_of_two(out, np.int64(sums + 4 * SIDE), stride, tiles, rows, more, packed, np.int64(weights + _TILE), n)
+                        _two_by_column(out, sums, stride, tiles, rows, more, packed, weights, n, ahead, lines)
+                        _two_by_column(out, np.int64(sums + 4 * SIDE), stride, tiles, rows, more, packed, np.int64(weights + _TILE), n, ahead, lines)
     _end()
 
 
