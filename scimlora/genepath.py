@@ -320,7 +320,7 @@ class GenePath:
         -------
         numpy.ndarray of bool, shape (n_cells,)
         """
-        if not measured.nnz: return np.ones(measured.shape[0], bool)
+        if not measured.indices.size: return np.ones(measured.shape[0], bool)
         there = sp.csr_matrix((np.ones(measured.nnz), measured.indices, measured.indptr), measured.shape)
         return (there @ self.square.astype(np.float64) > _WHOLE * self.square.sum(dtype=np.float64)) | (np.diff(measured.indptr) == 0)
 

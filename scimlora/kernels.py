@@ -194,6 +194,7 @@ def times_few(X, rows, table, compiled):
     -------
     numpy.ndarray of float32, shape (len(rows), width)
     """
+    if not compiled and X.shape[0] == 1 and rows is None: return (X.data @ table.take(X.indices, 0))[None]
     if not compiled: return (X if rows is None else X[rows]) @ table
     rows, width = np.arange(X.shape[0]) if rows is None else rows, table.shape[1]
     table = np.pad(table, ((0, 0), (0, -width % 4)))  # a single column would take a walk over all values of its own
@@ -286,7 +287,7 @@ _PLAIN, _COMPILED, _TILES = _Way("plain", _plain, _dense, _ROWS), _Way("compiled
 
 def _choice(X, layers, share=1):
     "The fastest way for these cells and layers."
-    if X.nnz * layers[0].bias.size < _LARGE * share or _compiled() is None: return _PLAIN
+    if X.indices.size * layers[0].bias.size < _LARGE * share or _compiled() is None: return _PLAIN
     return _TILES if _tiles() is not None and all(layer.bias.size % _tiles().STEP == 0 for layer in layers) else _COMPILED
 
 
@@ -301,7 +302,7 @@ def _rest(layers, h, way, precision, out, first=0):
     for before, layer in zip(layers, layers[1:]):
         # The last layer costs nothing, and its rounding would be the answer's.
         h = way.dense(h, before.slope, layer, "float32" if layer is layers[-1] else precision, first)
-    length = np.sqrt(np.einsum("ij,ij->i", h, h))[:, None]
+    length = np.sqrt(h[:, None] @ h[:, :, None])[:, 0]
     return np.divide(h, np.maximum(length, 1e-12, out=length), out=out)
 
 

@@ -36,6 +36,22 @@ class Metrics:
         self.batch_seconds = Histogram("scimlora_batch_seconds", "seconds of a pass through a model", buckets=_SECONDS, registry=r)
         self.waiting = Gauge("scimlora_waiting_cells", "cells that wait for an answer", multiprocess_mode="livesum", registry=r)
         self.models = Gauge("scimlora_models_loaded", "bundles in memory", multiprocess_mode="livesum", registry=r)
+        self._of = {}  # a kind of answer → what counts it, which takes longer to find than to count
+
+    def answer(self, route, method, status, seconds):
+        """Count an answer.
+
+        Parameters
+        ----------
+        route, method : str
+        status : int
+        seconds : float
+        """
+        kind = route, method, status
+        if kind not in self._of: self._of[kind] = self.requests.labels(route, method, str(status)), self.seconds.labels(route)
+        count, time = self._of[kind]
+        count.inc()
+        time.observe(seconds)
 
     def batch(self, cells, seconds):
         """Count a pass through a model.
@@ -81,6 +97,9 @@ def _where(e):
     return f"{type(e).__name__} in {Path(frames[-1].filename).stem}:{frames[-1].lineno}" if frames else type(e).__name__
 
 # %% ../nbs/05h_logs.ipynb #38fc17a9
+_ID = re.compile(r"[\w.-]{1,64}", re.A)
+
+
 class RequestLog:
     """Give each request an id, count and log it, and answer 500 in one line if the app fails (ASGI middleware).
 
@@ -102,7 +121,7 @@ class RequestLog:
         if scope["type"] != "http": return await self.app(scope, receive, send)
         start, status = time.perf_counter(), 0
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.A) else uuid.uuid4().hex
+        id = given if _ID.fullmatch(given) else uuid.uuid4().hex
 
         async def noted(message):
             nonlocal status
@@ -123,8 +142,7 @@ class RequestLog:
     def _note(self, scope, id, status, seconds, failed):
         route = getattr(scope.get("route"), "path", None) or ("/metrics" if scope["path"] == "/metrics" else "other")
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        self.metrics.requests.labels(route, method, str(status)).inc()
-        self.metrics.seconds.labels(route).observe(seconds)
+        self.metrics.answer(route, method, status, seconds)
         if self.stream is None: return
         state = scope.get("state", {})
         log_line(self.stream, level="error" if failed else "info", id=id, method=method, route=route, status=status, ms=round(1e3 * seconds, 1),

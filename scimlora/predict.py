@@ -383,7 +383,7 @@ class Predictor:
 
     def _reasons(self, cells, z, frozen, proba):
         cal, reason = self.bundle.calibration, np.full(len(z), "", dtype=object)
-        unsure = np.flatnonzero(proba.max(1) < cal.min_confidence)
+        unsure = (proba.max(1) < cal.min_confidence).nonzero()[0]
         if len(unsure): reason[unsure] = [f"confidence below {cal.min_confidence:.2f}{more}" for more in self._broader(proba[unsure])]
         if cal.cells:
             d = self.distances(z, frozen)
@@ -625,10 +625,11 @@ def _linear(cells, units):
     v, begin = np.fromiter(_every_value(cells), np.float64, size.sum()), np.cumsum(size) - size
     units, most = np.array([units] * len(cells) if isinstance(units, str) else units, object), np.maximum.reduceat(v, begin)
     if not (v.min() >= 0 and most.max() < np.inf): _check_cells(cells)
-    if (unsaid := units == "auto").any():
+    if "auto" in units.tolist():
         broken = np.logical_or.reduceat(v != np.rint(v), begin)
-        units = np.where(unsaid, np.where(broken & (most < 20), "log1p_cp10k", "counts"), units)
-    if (logs := units == "log1p_cp10k").any():
+        units = np.where(units == "auto", np.where(broken & (most < 20), "log1p_cp10k", "counts"), units)
+    if "log1p_cp10k" in units.tolist():
+        logs = units == "log1p_cp10k"
         for i in np.flatnonzero(logs & (most > 50))[:1]: raise InputError(f"cell {i}: a log1p value of {most[i]:g} cannot be; give units='counts'")
         np.expm1(v, out=v, where=np.repeat(logs, size))
     return v, size, begin, units
@@ -639,7 +640,8 @@ class OwnNames:
     """Find the columns of many of a model's genes at once, by their names as the model has them.
 
     Name by name, a dictionary of 28,000 waits for memory three times each; here all names wait side by side. A name is told from
-    others by its hash of 64 bits.
+    others by its hash of 64 bits. Names whose place is another's have a second one, elsewhere; the few of which that is another's
+    too are looked up in the dictionary.
 
     Parameters
     ----------
@@ -649,10 +651,12 @@ class OwnNames:
 
     def __init__(self, genes):
         self.own, n = own_names(tuple(genes)), len(genes)
-        self.hashes, self.slots = np.full(n + 1, -1), np.full(1 << (n.bit_length() + 4), n, np.int32)  # no hash is -1
+        self.hashes, self.slots, self.second = np.full(n + 1, -1), *(np.full(1 << (n.bit_length() + k), n, np.int32) for k in (4, 0))  # no hash is -1
         self.hashes[list(self.own.values())] = list(map(hash, self.own))
         self.slots[self.hashes & len(self.slots) - 1] = np.arange(n + 1)
         self.slots[-1] = n
+        lost = np.flatnonzero(self.slots[self.hashes & len(self.slots) - 1] != np.arange(n + 1))
+        self.second[self.hashes[lost] >> 32 & len(self.second) - 1] = lost
 
     def __call__(self, names):
         """Return the column of each name.
@@ -668,9 +672,12 @@ class OwnNames:
         """
         sought = np.fromiter(map(hash, names), np.int64, len(names))
         to = self.slots.take(sought & len(self.slots) - 1)
-        if not (found := self.hashes.take(to) == sought).all():  # unknown, or its place is another's
+        lost = (self.hashes.take(to) != sought).nonzero()[0]
+        to[lost] = self.second.take(sought[lost] >> 32 & len(self.second) - 1)
+        lost = lost[self.hashes.take(to[lost]) != sought[lost]]
+        if lost.size:  # unknown, or both places are another's
             names = list(names)
-            for i in np.flatnonzero(~found).tolist(): to[i] = self.own.get(names[i], -1)
+            for i in lost.tolist(): to[i] = self.own.get(names[i], -1)
         return to
 
 # %% ../nbs/03c_predict.ipynb #fcea734a
