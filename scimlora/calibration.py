@@ -19,14 +19,14 @@ from .core import InputError
 # SciPy's own take arrays of any library, and two or three times as long for one cell.
 def _softmax(x):
     "Probabilities of each row's logits."
-    p = np.exp(x - x.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
+    p = np.exp(x - x.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
 
 
 def _log_softmax(x):
     "Their logarithms."
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    x = x - x.max(1, keepdims=True)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
 
 
 def fit_temperature(logits, y):
@@ -284,7 +284,7 @@ class Calibration:
         """
         if genes is None: return np.asarray(encoder, np.float64)
         share = np.where(np.logical_or(whole, self.encoder_weight == 1), self.encoder_weight, 0.0).reshape(-1, 1)
-        encoder, genes = _log_softmax(np.stack([encoder, genes]) / np.array([self.encoder_temperature, self.gene_temperature])[:, None, None])
+        encoder, genes = (_log_softmax(np.asarray(v, np.float64) / t) for v, t in ((encoder, self.encoder_temperature), (genes, self.gene_temperature)))
         return share * encoder + (1 - share) * genes
 
     def proba(self, encoder, genes=None, whole=True):
