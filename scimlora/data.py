@@ -234,7 +234,7 @@ def gene_match(var, order):
     """
     columns = {c.lower(): c for c in map(str, var.columns)}
     tries = [("var_names", var.index)] + [(columns[c], var[columns[c]]) for c in _NAME_COLUMNS if c in columns]
-    found = [(match_genes(names.astype(str), order), where) for where, names in tries]
+    found = [(match_genes(names.astype(str).tolist(), order), where) for where, names in tries]
     best = max(found, key=lambda f: f[0].n_matched)
     _check_match(best[0], var.index.astype(str), order)
     return best

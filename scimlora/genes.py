@@ -302,7 +302,7 @@ def _match(names, order):
 # %% ../nbs/00a_genes.ipynb #f46c2601
 def _match_columns(names, order):
     "Match names as the file has them: columns (-1: none), kinds, and which are genes, ambiguous, another species'."
-    order, clean = tuple(order), [str(g) for g in names]
+    order, clean = tuple(order), list(map(str, names))
     own = own_names(order)
     columns = np.fromiter(map(own.get, clean, repeat(-1)), int, len(clean))
     odd = np.flatnonzero(columns < 0)  # few: of the model's own names all this is known
@@ -375,7 +375,7 @@ def match_genes(names, order):
     GeneMatch
         With a selection matrix of shape (n, m) and what did not match.
     """
-    names = [str(g).strip() for g in names]
+    names = list(map(str.strip, map(str, names)))
     to, kinds, genes, ambiguous, other = _match_columns(names, order)
     rows = np.flatnonzero(to >= 0)
     matrix = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, to[rows])), shape=(len(names), len(order)))
