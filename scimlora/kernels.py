@@ -356,6 +356,7 @@ def find_device(name="auto"):
     InputError
         If there is no such device.
     """
+    if name == "cpu": return name  # asked for each single cell
     name = str(name)
     if name == "auto": return "cuda" if _driver() and torch.cuda.is_available() else "cpu"
     found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", name)
