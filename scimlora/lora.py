@@ -395,7 +395,10 @@ def _saved(model, start, base, config):
         return {"scimlora_method": config.method}, {n: state[n].detach().clone() for n in changed_names(base.weights, config.method)}, model
     with tempfile.TemporaryDirectory() as d:
         if config.variant == "pissa": model = _plain_lora(model, start, base.encoder, Path(d))
-        else: model.save_pretrained(d)
+        else:
+            model.create_or_update_model_card = lambda folder: None  # to make one takes longer than all else here, and nobody reads it
+            try: model.save_pretrained(d)
+            finally: del model.create_or_update_model_card
         return json.loads((Path(d) / "adapter_config.json").read_text()), load_file(Path(d) / "adapter_model.safetensors"), model
 
 # %% ../nbs/03_lora.ipynb #f17c1907
