@@ -269,9 +269,10 @@ def _body(model):
     "The request body's schema, for the documentation of a route that parses it by itself."
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "example": model.model_config["json_schema_extra"]["example"]}}}}
 
-
+# %% ../nbs/06_serve.ipynb #10138bea
 class _Plain(APIRoute):
-    "A route whose function takes the request and returns the answer as they are: to look for more in them takes a tenth of a millisecond."
+    "A route whose function takes the request and makes the answer by itself: to look for more takes a tenth of a millisecond."
+
     def get_route_handler(self): return self.endpoint
 
 
@@ -292,7 +293,7 @@ def _predicting(app, service):
         r = await _read_json(request, BatchRequest)
         return _json(await service.ask(request, [c.expression for c in r.cells], r.units, r.model))
 
-
+# %% ../nbs/06_serve.ipynb #401311bc
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
