@@ -281,18 +281,19 @@ def copied(source, to):
 
 
 def annotate_sizes(bundle, counts, labels, var, sizes, folder):
-    "annotate from h5ad to h5ad at several sizes, medians of three but for the largest: rows of the table."
-    rows, before = [], None
-    for n in sizes:
-        write_h5ad(folder / "cells.h5ad", counts, var, labels, n)
-        runs = [child("-m", "scimlora", "annotate", bundle, "--base", folder / "base", folder / "cells.h5ad", "--out", folder / "out.h5ad") for _ in range(1 if n == sizes[-1] else 3)]
-        seconds, memory = float(np.median([r[0] for r in runs])), max(r[1] for r in runs)
+    "annotate from h5ad to h5ad at several sizes, medians of three in turns but for the largest: rows of the table."
+    files, out, runs, rows, before = {n: folder / f"cells_{n}.h5ad" for n in sizes}, folder / "out.h5ad", {n: [] for n in sizes}, [], None
+    for n, f in files.items(): write_h5ad(f, counts, var, labels, n)
+    for n in [*sizes[:-1]] * 3 + [sizes[-1]]: runs[n].append(child("-m", "scimlora", "annotate", bundle, "--base", folder / "base", files[n], "--out", out))
+    for n, f in files.items():
+        seconds, memory = float(np.median([r[0] for r in runs[n]])), max(r[1] for r in runs[n])
         more = None if before is None else (seconds - before[1]) / (n - before[0]) * 1e6
         before = n, seconds
         rows.append(dict(cells=f"{n:,}", seconds=f"{seconds:.1f}", rate=f"{n / seconds:,.0f}", us="" if more is None else f"{more:.0f}", peak=f"{memory / 1e9:.2f}",
-                         size=f"{(folder / 'cells.h5ad').stat().st_size / 1e9:.2f}", copy=f"{copied(folder / 'cells.h5ad', folder / 'out.h5ad'):.1f}"))
+                         size=f"{f.stat().st_size / 1e9:.2f}", copy=f"{copied(f, out):.1f}"))
         print(rows[-1], flush=True)
-        for f in ("cells.h5ad", "out.h5ad"): (folder / f).unlink()
+        f.unlink()
+    out.unlink()
     return rows
 
 
