@@ -67,10 +67,9 @@ def _weighted(X, weights, compiled=False):
 
 
 def _onto(X, weights, sums, compiled=False):
-    "The product of `directions` with one weight a gene and class; nothing is copied and no zero looked for, which would take longer than one cell's product."
+    "The product of `directions` with one weight a gene and class."
     values, length = _weighted(X, weights, compiled)
-    if X.shape[0] == 1: return (values @ sums.take(X.indices, 0))[None] / length[:, None]
-    return times_few(sp.csr_matrix((values, X.indices, X.indptr), X.shape), None, sums, compiled) / length[:, None]
+    return times_few(X, None, sums, compiled, values) / length[:, None]
 
 # %% ../nbs/03ab_genepath.ipynb #f24f3172
 _KNOWN, _SHARE = 0.6, 0.35  # coverage from which the line reads the embedding, and the embedding's share of the spread
@@ -320,7 +319,7 @@ class GenePath:
         -------
         numpy.ndarray of bool, shape (n_cells,)
         """
-        if not measured.indices.size: return np.ones(measured.shape[0], bool)
+        if not measured.indptr[-1]: return np.ones(measured.shape[0], bool)
         there = sp.csr_matrix((np.ones(measured.nnz), measured.indices, measured.indptr), measured.shape)
         return (there @ self.square.astype(np.float64) > _WHOLE * self.square.sum(dtype=np.float64)) | (np.diff(measured.indptr) == 0)
 

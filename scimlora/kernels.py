@@ -178,7 +178,7 @@ def _rows(X, a, b):
     return part
 
 
-def times_few(X, rows, table, compiled):
+def times_few(X, rows, table, compiled, values=None):
     """Multiply some cells with a table of few columns.
 
     Parameters
@@ -189,17 +189,22 @@ def times_few(X, rows, table, compiled):
     table : numpy.ndarray of float32, shape (n_genes, width)
     compiled : bool
         As `loops_pay` or `loops_embed` says.
+    values : numpy.ndarray of float32, shape (n_values,), optional
+        In place of `X.data`.
 
     Returns
     -------
     numpy.ndarray of float32, shape (len(rows), width)
     """
-    if not compiled and X.shape[0] == 1 and rows is None: return (X.data @ table.take(X.indices, 0))[None]
+    data = X.data if values is None else values
+    # Nothing is copied and no zero looked for, which would take longer than one cell's product.
+    if not compiled and X.shape[0] == 1 and rows is None: return (data @ table.take(X.indices, 0))[None]
+    if values is not None and not compiled: X = sp.csr_matrix((data, X.indices, X.indptr), X.shape)
     if not compiled: return (X if rows is None else X[rows]) @ table
     rows, width = np.arange(X.shape[0]) if rows is None else rows, table.shape[1]
     table = np.pad(table, ((0, 0), (0, -width % 4)))  # a single column would take a walk over all values of its own
     out = np.zeros((len(rows), table.shape[1]), np.float32)
-    _compiled().gather(X.indptr, X.indices, X.data, rows, np.ascontiguousarray(table), out)
+    _compiled().gather(X.indptr, X.indices, data, rows, np.ascontiguousarray(table), out)
     return out[:, :width]
 
 
@@ -356,7 +361,6 @@ def find_device(name="auto"):
     InputError
         If there is no such device.
     """
-    if name == "cpu": return name  # asked for each single cell
     name = str(name)
     if name == "auto": return "cuda" if _driver() and torch.cuda.is_available() else "cpu"
     found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", name)
@@ -544,13 +548,13 @@ def run_layers(layers, X, batch=3072, precision="float32", device="cpu", share=1
     InputError
         If there is no such precision or device.
     """
-    return _run(layers, X, batch, precision, device, share)[0]
+    return _run(layers, X, batch, precision, find_device(device), share)[0]
 
 
 def _run(layers, X, batch, precision, device, share, second=None):
-    "Embeddings by `layers`, and by a second encoder with the same weights and corrections, if there is one."
+    "Embeddings by `layers` on a device that there is, and by a second encoder with the same weights and corrections, if there is one."
     if precision not in PRECISIONS: raise InputError(f"precision '{precision}': choose one of {', '.join(PRECISIONS)}")
-    X, width, device = X if isinstance(X, sp.csr_matrix) else sp.csr_matrix(X), layers[-1].bias.size, find_device(device)
+    X, width = X if isinstance(X, sp.csr_matrix) else sp.csr_matrix(X), layers[-1].bias.size
     if device != "cpu": return [_on_device(layers, X, device, precision, batch)]
     way = _choice(X, layers, share)
     if precision == "bfloat16" and way is not _TILES: importlib.import_module("torch")  # before it is asked for its threads

@@ -235,7 +235,7 @@ class Index:
         if engine != "words": lists.append(self._ranked(np.maximum(self.vectors @ embed_texts([query])[0], 0), hide))
         return [dict(id=e.id, name=e.names[0], kind=e.kind, score=score) for i, score in _fused(lists)[:k] for e in [self.terms[i]]]
 
-
+# %% ../nbs/00bc_retrieval.ipynb #1e2f8d55
 def _fused(lists):
     "One list of several, by reciprocal rank fusion (Cormack et al., SIGIR 2009)."
     if len(lists) == 1: return lists[0]
