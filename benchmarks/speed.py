@@ -35,7 +35,7 @@ from scimlora.core import one_blas_thread, versions
 from scimlora.encoder import Encoder
 from scimlora.data import align_cells, find_counts, log1p_cp10k, obs_column
 from scimlora.examples import shared
-from scimlora.kernels import _add_dense, _add_in_tiles, _choice, _finish, _PARTS, _SHARE, _tiles, PRECISIONS, split_genes
+from scimlora.kernels import _add_dense, _add_in_tiles, _choice, _finish, _parts_of, _share, _tiles, PRECISIONS, split_genes
 from scimlora.loops import deal_rare, multiply_rare
 
 HERE = Path(__file__).parent
@@ -158,7 +158,7 @@ def limits(threads):
     A16, B16 = A.bfloat16(), B.bfloat16()
     jobs = dict(float32=lambda: A @ B, bfloat16=lambda: A16 @ B16, read=lambda: big.sum())
     with ThreadPoolExecutor(threads) as pool:
-        if (tiles := _tiles()) is not None: jobs |= {f"tiles, {p}": in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), _PARTS[p]) for p in PRECISIONS}
+        if (tiles := _tiles()) is not None: jobs |= {f"tiles, {p}": in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), _parts_of(p)) for p in PRECISIONS if _parts_of(p) is not None}
         took = in_turns(jobs, 15)
     work = 2 * A.shape[0] * B.numel() / 1e9
     return dict(threads=threads, read=big.nbytes / took.pop("read") / 1e9, **{k: work / v for k, v in took.items()})
@@ -168,7 +168,7 @@ def profile(layers, X, rounds, part=4096):
     "Microseconds a cell on one thread in each step of float32 embedding, with its GFLOP/s."
     X, first = X[:part], layers[0]
     way = _choice(X, layers)
-    share, add = _SHARE[way.name]["float32"], _add_in_tiles if way.name == "tiles" else _add_dense
+    share, add = _share(way, "float32"), _add_in_tiles if way.name == "tiles" else _add_dense
     frequent, rare = split_genes(X, share, compiled=True)
     dealt, h = deal_rare(X, rare), np.random.default_rng(0).random((X.shape[0], HIDDEN[0]), np.float32)
     out, points = multiply_rare(first.weight, first.bias, rare, dealt), np.empty((X.shape[0], LATENT), np.float32)

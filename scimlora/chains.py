@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from .loops import _njit, _walk
-from .tiles import _LAYOUT, _multiply, bend, pack, room, SIDE, STEP
+from .tiles import _multiply, bend, layout, pack, room, SIDE, STEP
 
 # %% ../nbs/01ac_chains.ipynb #c1022b55
 @_njit
@@ -232,7 +232,7 @@ class Chain:
         Of every layer: bias; slope of PReLU below zero (the last one's is not used); what the adapter's correction is multiplied with.
     ranks : list of int
         0 where a layer has no adapter.
-    parts : {1, 2}
+    parts : {0, 1, 2}
         As in `scimlora.tiles.pack`.
     threads : int
         How many share a batch, 16 cells or more each.
@@ -243,7 +243,7 @@ class Chain:
     def __init__(self, weights, biases, slopes, scales, ranks, parts, threads):
         self.widths, self.ranks, self.parts, self.threads, self.free = [len(b) for b in biases], ranks, parts, threads, {}
         packed = [tuple(pack(w, parts=parts) for w in ws) for ws in (weights, [w.T for w in weights])]
-        self.frozen = _Frozen(tuple(biases), tuple(slopes), tuple(scales), *packed, np.ones(max(self.widths), np.float32), _LAYOUT)
+        self.frozen = _Frozen(tuple(biases), tuple(slopes), tuple(scales), *packed, np.ones(max(self.widths), np.float32), layout(parts))
 
     def _room(self, n):
         if self.free.get(n): return self.free[n].pop()

@@ -37,8 +37,13 @@ class Layer:
     right: np.ndarray | None = None  # (rank, out) float32
 
 # %% ../nbs/01b_kernels.ipynb #5ef83b59
-# Rate of a sparse value over that of a dense one, as measured with one thread on processors with AVX-512 and AMX.
-_SHARE = dict(plain=dict(float32=0.02, bfloat16=0.005), compiled=dict(float32=0.3, bfloat16=0.07), tiles=dict(float32=0.15, bfloat16=0.07))
+# Rate of a sparse value over that of a dense one, as measured with one thread on processors with AVX-512, with AMX (units) and without.
+_SHARE = dict(plain=dict(float32=0.02, bfloat16=0.005), compiled=dict(float32=0.3, bfloat16=0.07), units=dict(float32=0.15, bfloat16=0.07), vectors=dict(float32=0.25, bfloat16=0.2))
+
+
+def _share(way, precision): return _SHARE[way.name if way.name != "tiles" else "units" if _tiles().ready() else "vectors"][precision]
+
+
 _GATHER = 3  # occurrences
 
 
@@ -133,22 +138,24 @@ def _fast(X, layer, share, precision, add=_add_dense):
     return add(out, X, layer, frequent, precision) if len(frequent) else out
 
 # %% ../nbs/01b_kernels.ipynb #38b31a8c
-_PARTS = dict(float32=2, bfloat16=1)
-
-
 @functools.lru_cache
 def _tiles():
-    "The module of products in tiles, or None where there are none."
+    "The module of products in tiles, or None where they do not pay."
     if _compiled() is None: return None
     from scimlora import tiles
-    return tiles if tiles.ready() else None
+    return tiles if tiles.find_parts("float32") is not None else None
+
+
+def _parts_of(precision):
+    "In which form values are multiplied in tiles, or None."
+    return None if _tiles() is None else _tiles().find_parts(precision)
 
 
 def _add_in_tiles(out, X, layer, frequent, precision):
     "As `_add_dense`."
     tiles = _tiles()
-    packed = tiles.pack(layer.weight, frequent, _PARTS[precision])
-    room = tiles.room(min(tiles.PANEL, len(out)), len(frequent), _PARTS[precision])
+    parts = _parts_of(precision)
+    packed, room = tiles.pack(layer.weight, frequent, parts), tiles.room(min(tiles.PANEL, len(out)), len(frequent), parts)
     place = tiles.places(frequent, X.shape[1], room)
     for a in range(0, len(out), tiles.PANEL):
         part = out[a:a + tiles.PANEL]
@@ -264,7 +271,7 @@ def _dense(h, slope, layer, precision, first=0):
 
 def _dense_in_tiles(h, slope, layer, precision, first=0):
     "The same; where the next layer is as wide, in the block's own place."
-    parts, width = _PARTS[precision], layer.bias.size
+    parts, width = _parts_of(precision), layer.bias.size
     out = h if h.shape[1] == width else _compiled().padded(len(h), width)
 
     def start(rows):
@@ -290,15 +297,15 @@ class _Way:
 _PLAIN, _COMPILED, _TILES = _Way("plain", _plain, _dense, _ROWS), _Way("compiled", _fast, _dense, _ROWS), _Way("tiles", _in_tiles, _dense_in_tiles, 256)  # `tiles.PANEL`
 
 
-def _choice(X, layers, share=1):
+def _choice(X, layers, share=1, precision="float32"):
     "The fastest way for these cells and layers."
     if X.indices.size * layers[0].bias.size < _LARGE * share or _compiled() is None: return _PLAIN
-    return _TILES if _tiles() is not None and all(layer.bias.size % _tiles().STEP == 0 for layer in layers) else _COMPILED
+    return _TILES if _parts_of(precision) is not None and all(layer.bias.size % _tiles().STEP == 0 for layer in layers) else _COMPILED
 
 
 def _first(X, layer, way, precision):
     "The first layer's output, (n_cells, width), before its bend."
-    h = way.sparse(X, layer, _SHARE[way.name][precision], precision)
+    h = way.sparse(X, layer, _share(way, precision), precision)
     return _correct(h, _small(X, layer, way is not _PLAIN), layer, way is not _PLAIN)
 
 
@@ -556,7 +563,7 @@ def _run(layers, X, batch, precision, device, share, second=None):
     if precision not in PRECISIONS: raise InputError(f"precision '{precision}': choose one of {', '.join(PRECISIONS)}")
     X, width = X if isinstance(X, sp.csr_matrix) else sp.csr_matrix(X), layers[-1].bias.size
     if device != "cpu": return [_on_device(layers, X, device, precision, batch)]
-    way = _choice(X, layers, share)
+    way = _choice(X, layers, share, precision)
     if precision == "bfloat16" and way is not _TILES: importlib.import_module("torch")  # before it is asked for its threads
     out = [np.empty((X.shape[0], width), np.float32) for _ in range(1 if second is None else 2)]
 
@@ -631,12 +638,12 @@ def make_chain(first, weights, *parts, precision="float32"):
     Returns
     -------
     scimlora.chains.Chain
-        None where it does not pay, or there are no matrix units, or a layer's width is none of theirs.
+        None where it does not pay, or there are no products in tiles, or a layer's width is none of theirs.
     """
-    if not loops_pay(first) or _tiles() is None or any(n % _tiles().STEP for w in weights for n in w.shape): return None
+    if not loops_pay(first) or _parts_of(precision) is None or any(n % _tiles().STEP for w in weights for n in w.shape): return None
     from scimlora.chains import Chain
 
-    return Chain(weights, *parts, _PARTS[precision], threads())
+    return Chain(weights, *parts, _parts_of(precision), threads())
 
 # %% ../nbs/01b_kernels.ipynb #f6fb5441
 def loops_embed(layers, X, share=1):

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from .reorder import _njit
 
 # %% ../nbs/01aa_loops.ipynb #8ae296c2
-BLOCK = 4096  # genes
+BLOCK = 2048  # genes
 _LANES, _VECTORS = 16, 4  # a vector of AVX-512, or two of AVX2, and how many of them are kept in registers
 COLUMNS = _LANES * _VECTORS
 

@@ -351,12 +351,13 @@ def test_a_compiled_chain_draws_and_steps_as_the_plain_one(extra, wide, cells, m
     "What is hidden and dropped is drawn in the same order, whatever is compiled."
     from scimlora import kernels
 
-    if kernels._tiles() is None: pytest.skip("no matrix units here: there is one chain only")
+    if kernels._tiles() is None: pytest.skip("no products in tiles here: there is one chain only")
     X, y, _ = cells
     compiled = []
     for tiles in (kernels._tiles, lambda: None):
         monkeypatch.setattr(kernels, "_tiles", tiles)
-        compiled.append(train_lora(wide, X, y, 6, TuneConfig(lr=0.002, epochs=3, steps=30, **extra), (X[:50], y[:50])))
+        # At twice this rate the rounding of a neuron nearly at its bend grows, as above.
+        compiled.append(train_lora(wide, X, y, 6, TuneConfig(lr=0.001, epochs=3, steps=30, **extra), (X[:50], y[:50])))
     for name in ("loss", "val_loss"): assert [h[name] for h in compiled[0].history] == pytest.approx([h[name] for h in compiled[1].history], rel=1e-3, abs=1e-4), name
 
 
@@ -364,7 +365,7 @@ def test_a_compiled_chain_keeps_batches_apart_and_goes_back_once(wide, cells):
     "Two batches under way at once have room of their own, gradients add up, and a second way back is refused."
     from scimlora import kernels
 
-    if kernels._tiles() is None: pytest.skip("no matrix units here")
+    if kernels._tiles() is None: pytest.skip("no products in tiles here")
     X = cells[0]
     config = TuneConfig(r=4)
     model = add_lora(wide.encoder, config)
