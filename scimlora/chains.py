@@ -18,24 +18,47 @@ from .loops import _njit, _walk
 from .tiles import _multiply, bend, layout, pack, room, SIDE, STEP
 
 # %% ../nbs/01ac_chains.ipynb #c1022b55
+_AT_ONCE = 4  # ranks: to read and write a row takes longer than one rank's sums
+
+
 @_njit
 def _add_spread(few, table, out, n):
     "Add few @ table to the first n rows of `out`, which may be wider."
-    for i in range(n):
-        row = out[i]
-        for r in range(len(table)):
-            x, t = few[i, r], table[r]
-            for c in range(len(t)): row[c] += x * t[c]
+    ranks, width = table.shape
+    rest = ranks - ranks % _AT_ONCE
+    for r in range(0, rest, _AT_ONCE):
+        for i in range(n):
+            a, b, c, d, row = few[i, r], few[i, r + 1], few[i, r + 2], few[i, r + 3], out[i]
+            for k in range(width): row[k] += a * table[r, k] + b * table[r + 1, k] + c * table[r + 2, k] + d * table[r + 3, k]
+    for r in range(rest, ranks):
+        for i in range(n):
+            x, row = few[i, r], out[i]
+            for k in range(width): row[k] += x * table[r, k]
+
+
+@_njit
+def _four(row, table, to, r):
+    a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for k in range(table.shape[1]):
+        x = row[k]
+        a += x * table[r, k]
+        b += x * table[r + 1, k]
+        c += x * table[r + 2, k]
+        d += x * table[r + 3, k]
+    to[r], to[r + 1], to[r + 2], to[r + 3] = a, b, c, d
 
 
 @_njit
 def _gather(rows, table, few, n):
     "few = rows @ table.T, for the first n rows, which may be wider."
-    for i in range(n):
-        row = rows[i]
-        for r in range(len(table)):
-            t, s = table[r], np.float32(0)
-            for c in range(len(t)): s += row[c] * t[c]
+    ranks, width = table.shape
+    rest = ranks - ranks % _AT_ONCE
+    for r in range(0, rest, _AT_ONCE):
+        for i in range(n): _four(rows[i], table, few[i], r)
+    for r in range(rest, ranks):
+        for i in range(n):
+            row, s = rows[i], np.float32(0)
+            for k in range(width): s += row[k] * table[r, k]
             few[i, r] = s
 
 

@@ -155,10 +155,11 @@ def _add_in_tiles(out, X, layer, frequent, precision):
     "As `_add_dense`."
     tiles = _tiles()
     parts = _parts_of(precision)
-    packed, room = tiles.pack(layer.weight, frequent, parts), tiles.room(min(tiles.PANEL, len(out)), len(frequent), parts)
+    size = min(tiles.panel(parts), len(out))
+    packed, room = tiles.pack(layer.weight, frequent, parts), tiles.room(size, len(frequent), parts)
     place = tiles.places(frequent, X.shape[1], room)
-    for a in range(0, len(out), tiles.PANEL):
-        part = out[a:a + tiles.PANEL]
+    for a in range(0, len(out), size):
+        part = out[a:a + size]
         tiles.lay_out(X.indptr, X.indices, X.data, place, a, len(part), room)
         tiles.multiply(room, packed, part)
     return out
@@ -268,33 +269,52 @@ def _dense(h, slope, layer, precision, first=0):
     _correct(out[first:], _small(h[first:], layer), layer)
     return out
 
-
-def _dense_in_tiles(h, slope, layer, precision, first=0):
-    "The same; where the next layer is as wide, in the block's own place."
-    parts, width = _parts_of(precision), layer.bias.size
-    out = h if h.shape[1] == width else _compiled().padded(len(h), width)
-
-    def start(rows):
-        after = slice(max(rows.start, first), rows.stop)
-        small = _small(h[after], layer)
-        out[rows] = layer.bias
-        _correct(out[after], small, layer, compiled=True)
-
-    packed = _kept(layer, parts, lambda w: _tiles().pack(w, parts=parts))
-    _tiles().product(h, np.full(h.shape[1], slope if slope.size else 1, np.float32), packed, out, start)
-    return out
-
 # %% ../nbs/01b_kernels.ipynb #649bff84
+def _rest(layers, h, precision, out, first=0):
+    "From the first layer's output, before its bend, to points of unit length in `out`: a block of cells, corrected from `first` on, which is written over."
+    for before, layer in zip(layers, layers[1:]):
+        # The last layer costs nothing, and its rounding would be the answer's.
+        h = _dense(h, before.slope, layer, "float32" if layer is layers[-1] else precision, first)
+    length = np.sqrt(h[:, None] @ h[:, :, None])[:, 0]
+    return np.divide(h, np.maximum(length, 1e-12, out=length), out=out)
+
+
+def _finish(layers, h, small, precision, out):
+    """Write a part's points to `out`: of one encoder; or of two with the same weights, of which `layers` has the corrections of the second,
+    and `small` makes that of the first layer."""
+    copies = len(out)
+    n = _ROWS // copies
+    for a in range(0, len(h), n):
+        k = len(h[a:a + n]) * (copies - 1)
+        rows = np.concatenate([h[a:a + n]] * copies)
+        if copies == 2: _correct(rows[k:], None if small is None else small[a:a + n], layers[0])
+        points = _rest(layers, rows, precision, np.empty((len(rows), out[0].shape[1]), np.float32), k)
+        for o, z in zip(out, np.split(points, copies)): o[a:a + n] = z
+
+# %% ../nbs/01b_kernels.ipynb #accf9e7b
+def _finish_in_tiles(layers, h, small, precision, out):
+    "The same."
+    if len(layers) == 1: return _finish(layers, h, small, precision, out)
+    from scimlora.forward import forward
+
+    forms = [_parts_of(precision)] * (len(layers) - 2) + [_parts_of("float32")]
+    packed = [_kept(layer, parts, lambda w: _tiles().pack(w, parts=parts)) for layer, parts in zip(layers[1:], forms)]
+    slopes = [np.full(len(layer.bias), layer.slope if layer.slope.size else 1, np.float32) for layer in layers[:-1]]
+    turned = lambda m, n: np.zeros((0, n), np.float32) if m is None else np.ascontiguousarray(m.T)
+    rights = [np.zeros((0, len(layer.bias)), np.float32) if r is None else np.ascontiguousarray(r) for layer, r in zip(layers, [None if small is None else layers[0].right, *(layer.right for layer in layers[1:])])]
+    few = np.zeros((len(h), 0), np.float32) if small is None else small
+    forward(h, [layer.bias for layer in layers[1:]], slopes, packed, [turned(layer.left, len(before.bias)) for before, layer in zip(layers, layers[1:])], rights, few, *out)
+
+
 @dataclass(frozen=True)
 class _Way:
     "How products are made."
     name: str  # in `_SHARE`
     sparse: callable  # cells and the first layer
-    dense: callable  # a block of cells and a later layer
-    rows: int  # of such a block
+    finish: callable  # later layers
 
 
-_PLAIN, _COMPILED, _TILES = _Way("plain", _plain, _dense, _ROWS), _Way("compiled", _fast, _dense, _ROWS), _Way("tiles", _in_tiles, _dense_in_tiles, 256)  # `tiles.PANEL`
+_PLAIN, _COMPILED, _TILES = _Way("plain", _plain, _finish), _Way("compiled", _fast, _finish), _Way("tiles", _in_tiles, _finish_in_tiles)
 
 
 def _choice(X, layers, share=1, precision="float32"):
@@ -307,38 +327,6 @@ def _first(X, layer, way, precision):
     "The first layer's output, (n_cells, width), before its bend."
     h = way.sparse(X, layer, _share(way, precision), precision)
     return _correct(h, _small(X, layer, way is not _PLAIN), layer, way is not _PLAIN)
-
-
-def _rest(layers, h, way, precision, out, first=0):
-    "From the first layer's output, before its bend, to points of unit length in `out`: a block of cells, corrected from `first` on, which is written over."
-    for before, layer in zip(layers, layers[1:]):
-        # The last layer costs nothing, and its rounding would be the answer's.
-        h = way.dense(h, before.slope, layer, "float32" if layer is layers[-1] else precision, first)
-    length = np.sqrt(h[:, None] @ h[:, :, None])[:, 0]
-    return np.divide(h, np.maximum(length, 1e-12, out=length), out=out)
-
-
-def _finish(layers, h, way, precision, out):
-    "Write the points of a part of the cells to `out`."
-    for a in range(0, len(h), way.rows): _rest(layers, h[a:a + way.rows], way, precision, out[a:a + way.rows])
-
-
-def _twice(h, way):
-    "Some rows, and the same once more."
-    if way is not _TILES: return np.concatenate([h, h])
-    both = _tiles().sums(2 * len(h), h.shape[1])
-    both[:len(h)] = both[len(h):] = h
-    return both
-
-
-def _finish_both(layers, h, small, way, precision, out):
-    "The same for two encoders with the same weights, of which `layers` has the corrections of the second; `small` makes that of the first layer."
-    n = way.rows // 2
-    for a in range(0, len(h), n):
-        both, k = _twice(h[a:a + n], way), len(h[a:a + n])
-        if small is not None: _correct(both[k:], small[a:a + n], layers[0], way is not _PLAIN)
-        points = _rest(layers, both, way, precision, np.empty((2 * k, out[0].shape[1]), np.float32), k)
-        for o, z in zip(out, (points[:k], points[k:])): o[a:a + n] = z
 
 # %% ../nbs/01b_kernels.ipynb #3e268c95
 _SENT = weakref.WeakKeyDictionary()  # layer → {(device, type): tensors}
@@ -493,7 +481,7 @@ def in_threads(work, items, most=None):
     Yields
     ------
     object
-        What it returns, in the order of the items; one more than there are threads are out at a time. An error is raised where its
+        What it returns, in the order of the items; twice as many as there are threads are out at a time, so that none waits for a slower one. An error is raised where its
         result would have come. The threads end with this generator, also when that is left early.
     """
     n, of_torch, out = min(threads(), most or threads()), _torch_threads(), deque()
@@ -505,7 +493,7 @@ def in_threads(work, items, most=None):
         try:
             for item in items:
                 out.append(pool.submit(work, item))
-                if len(out) > n: yield out.popleft().result()
+                if len(out) == 2 * n: yield out.popleft().result()
             while out: yield out.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -570,8 +558,8 @@ def _run(layers, X, batch, precision, device, share, second=None):
     def work(a, b):
         part = _rows(X, a, b)
         h = _first(part, layers[0], way, precision)
-        if second is None: _finish(layers, h, way, precision, out[0][a:b])
-        else: _finish_both(second, h, _small(part, second[0], way is not _PLAIN), way, precision, [o[a:b] for o in out])
+        small = None if second is None else _small(part, second[0], way is not _PLAIN)
+        way.finish(layers if second is None else second, h, small, precision, [o[a:b] for o in out])
 
     _each(work, _parts(X.shape[0], batch))
     return out
