@@ -35,7 +35,7 @@ from scimlora.core import one_blas_thread, versions
 from scimlora.encoder import Encoder
 from scimlora.data import align_cells, find_counts, log1p_cp10k, obs_column
 from scimlora.examples import shared
-from scimlora.kernels import _add_dense, _add_in_tiles, _choice, _finish, _parts_of, _share, _tiles, PRECISIONS, split_genes
+from scimlora.kernels import _add_dense, _add_in_tiles, _choice, _parts_of, _share, _tiles, PRECISIONS, split_genes
 from scimlora.loops import deal_rare, multiply_rare
 
 HERE = Path(__file__).parent
@@ -147,13 +147,21 @@ def agreement():
 
 def in_tiles(tiles, pool, threads, A, B, parts):
     "What makes a product in tiles, with the rows shared among threads."
-    packed, ones, out = tiles.pack(B, parts=parts), np.ones(len(B), np.float32), np.zeros((len(A), B.shape[1] + 32), np.float32)[:, :B.shape[1]]
+    packed, ones, out, size = tiles.pack(B, parts=parts), np.ones(len(B), np.float32), np.zeros((len(A), B.shape[1] + 32), np.float32)[:, :B.shape[1]], tiles.panel(parts)
     bounds = np.linspace(0, len(A), threads + 1).astype(int)
-    return lambda: list(pool.map(lambda a, b: tiles.product(A[a:b], ones, packed, out[a:b]), bounds[:-1], bounds[1:]))
+
+    def work(a, b):
+        room = tiles.room(size, len(B), parts)
+        for i in range(a, b, size):
+            rows = slice(i, min(i + size, b))
+            tiles.bend(A[rows], ones, room)
+            tiles.multiply(room, packed, out[rows])
+
+    return lambda: list(pool.map(work, bounds[:-1], bounds[1:]))
 
 
 def limits(threads):
-    "The machine's own rates: matrix products in float32, in bfloat16, and in float32 made of three in tiles (GFLOP/s), and reading memory (GB/s)."
+    "The machine's own rates: torch's matrix products in float32 and in bfloat16, those in tiles (GFLOP/s), and reading memory (GB/s)."
     A, B, big = torch.randn(4096, 1024), torch.randn(1024, 1024), torch.randn(1 << 26)
     A16, B16 = A.bfloat16(), B.bfloat16()
     jobs = dict(float32=lambda: A @ B, bfloat16=lambda: A16 @ B16, read=lambda: big.sum())
@@ -161,7 +169,7 @@ def limits(threads):
         if (tiles := _tiles()) is not None: jobs |= {f"tiles, {p}": in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), _parts_of(p)) for p in PRECISIONS if _parts_of(p) is not None}
         took = in_turns(jobs, 15)
     work = 2 * A.shape[0] * B.numel() / 1e9
-    return dict(threads=threads, read=big.nbytes / took.pop("read") / 1e9, **{k: work / v for k, v in took.items()})
+    return dict(threads=threads, units=tiles is not None and tiles.ready(), read=big.nbytes / took.pop("read") / 1e9, **{k: work / v for k, v in took.items()})
 
 
 def profile(layers, X, rounds, part=4096):
@@ -174,7 +182,7 @@ def profile(layers, X, rounds, part=4096):
     out, points = multiply_rare(first.weight, first.bias, rare, dealt), np.empty((X.shape[0], LATENT), np.float32)
     held = X.nnz - dealt[0][-1, -1]
     jobs = dict(split=lambda: split_genes(X, share, compiled=True), deal=lambda: deal_rare(X, rare), sparse=lambda: multiply_rare(first.weight, first.bias, rare, dealt),
-                dense=lambda: add(out, X, first, frequent, "float32"), rest=lambda: _finish(layers, h, way, "float32", points))
+                dense=lambda: add(out, X, first, frequent, "float32"), rest=lambda: way.finish(layers, h, None, "float32", [points]))
     with one_blas_thread(): took = {k: v / X.shape[0] * 1e6 for k, v in in_turns(jobs, rounds).items()}
     flop = dict(sparse=2 * (X.nnz - held) / X.shape[0] * HIDDEN[0], dense=2 * len(frequent) * HIDDEN[0], rest=2 * sum(x.weight.size for x in layers[1:]))
     share = {k: f"{v / sum(took.values()):.0%}" for k, v in took.items()}
@@ -414,8 +422,10 @@ def written(args, r):
              *other_precisions(r["precisions"]), "## Where the time goes", "", f"The machine's limits with {machine['threads']} threads, measured in the same run: {machine['float32']:,.0f} GFLOP/s in float32, {machine['bfloat16']:,.0f} in bfloat16, "
              f"{machine['read']:.1f} GB/s read from memory; the steps below are those of float32 on one thread.", ""]
     if "tiles, float32" in machine:
-        lines += [f"Products in tiles, on the matrix units, with the rows shared among the threads: {machine['tiles, float32']:,.0f} GFLOP/s in float32 made of three products of bfloat16, "
-                  f"{machine['tiles, bfloat16']:,.0f} in bfloat16. On a shared machine the units' rate depends on what its neighbours do, more than that of anything else here.", ""]
+        units = machine["units"]
+        lines += [f"These are torch's products. Products in tiles, on the {'matrix' if units else 'vector'} units, with the rows shared among the threads: {machine['tiles, float32']:,.0f} GFLOP/s in float32"
+                  + " made of three products of bfloat16" * units + (f", {machine['tiles, bfloat16']:,.0f} in bfloat16" if "tiles, bfloat16" in machine else "") + "."
+                  + " On a shared machine the units' rate depends on what its neighbours do, more than that of anything else here." * units, ""]
     for kind, rows in r["steps"].items(): lines += [f"{kind}:", "", *table(rows, ["step", "µs a cell", "share", "GFLOP/s"])]
     times = [dict(what=k, seconds=f"{v:.2f}") for k, v in r["times"].items()] + [dict(what="scimlora serve, until ready", seconds=f"{service['ready']:.2f}")]
     lines += ["## Fine-tuning", "", f"LoRA of rank 8 on all layers, batches of 64, AdamW, on {r['trained']:,} 10x cells; scimlora with the default's ten passes, all that it does before and after included. "

@@ -281,7 +281,7 @@ def annotate(bundle: BundleArg, file: Annotated[Path, typer.Argument(help="file 
              out: Annotated[Path, typer.Option("--out", help="ends in .h5ad or .csv")], base: BaseOpt = None, units: UnitsOpt = "auto",
              engine: Annotated[str, typer.Option("--engine", help="local, or dask for a cluster")] = "local",
              scheduler: Annotated[Optional[str], typer.Option("--scheduler", help="address of the Dask scheduler; without one, a cluster on this machine")] = None,
-             precision: Annotated[str, typer.Option("--precision", help="float32, or bfloat16: faster where the processor has AMX, not quite the same numbers")] = "float32",
+             precision: Annotated[str, typer.Option("--precision", help="float32, or bfloat16: faster where the processor has AMX or AVX-512 with BF16, not quite the same numbers")] = "float32",
              device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto"):
     "Annotate the cells of a file."
     from scimlora.predict import Predictor, annotate_file, in_this_process

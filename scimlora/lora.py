@@ -70,7 +70,7 @@ class TuneConfig:
     triplet: float = _setting(0.0, "weight of SCimilarity's triplet term; 0 is off")
     reconstruction: float = _setting(0.0, "weight of SCimilarity's reconstruction term; 0 is off")
     distill: float = _setting(0.0, "weight of the distance to the frozen embedding; 0 is off")
-    precision: str = _setting("float32", "of the products with frozen weights: float32, or bfloat16, faster where the processor has AMX, not quite the same numbers; for LoRA")
+    precision: str = _setting("float32", "of the products with frozen weights: float32, or bfloat16, faster where the processor has AMX or AVX-512 with BF16, not quite the same numbers; for LoRA")
     keep_best: bool = _setting(True, "keep the epoch with the best macro-F1 on the validation cells")
     seed: int = _setting(0, "seed of everything random")
 
