@@ -515,7 +515,7 @@ def _each(work, bounds):
         for _ in (in_threads if len(pairs) > 1 else map)(lambda p: work(*p), pairs): pass
 
 # %% ../nbs/01b_kernels.ipynb #3273e96b
-def run_layers(layers, X, batch=3072, precision="float32", device="cpu", share=1):
+def run_layers(layers, X, batch=2048, precision="float32", device="cpu", share=1):
     """Embed cells with folded layers.
 
     Parameters
@@ -690,7 +690,7 @@ def weigh(X, weights, compiled):
     return values, sum_rows(values * values, X.indptr)
 
 # %% ../nbs/01b_kernels.ipynb #4d4cf173
-def run_both(first, second, X, batch=3072, precision="float32", device="cpu", share=1):
+def run_both(first, second, X, batch=2048, precision="float32", device="cpu", share=1):
     """Embed cells with two encoders; weights that they share are read once.
 
     Parameters

@@ -148,10 +148,16 @@ def _pack(weight, rows, none, out):
                     _pair(a, b, np.int64(s * STEP + q * SIDE), flat, at, np.int64(at + by))
 
 # %% ../nbs/01ab_tiles.ipynb #be6afd85
+_LARGE, _LINE = 2**19, 64  # bytes: from how many on an array is worth pages of 2 MB; a line of the cache
+
+
 def _aligned(kind, *shape):
-    "Room for an array in large pages, not filled."
+    "Room for an array that begins with a line of the cache, not filled."
     n = int(np.prod(shape)) * np.dtype(kind).itemsize
-    return _large_pages(-(-n // 4))[0].view(np.uint8)[:n].view(kind).reshape(shape)
+    if n >= _LARGE: return _large_pages(-(-n // 4))[0].view(np.uint8)[:n].view(kind).reshape(shape)
+    room = np.empty(n + _LINE, np.uint8)
+    start = -room.ctypes.data % _LINE
+    return room[start:start + n].view(kind).reshape(shape)
 
 
 def pack(weight, rows=None, parts=2):
@@ -310,7 +316,7 @@ def lay_out(indptr, indices, data, place, first, n, tiles):
 
 # %% ../nbs/01ab_tiles.ipynb #93dbea6f
 _PLACE = _BYTE.as_pointer()
-_TILE, _LINE = SIDE * STEP * 2, 64  # bytes
+_TILE = SIDE * STEP * 2  # bytes
 # What each tile register is: 16 rows of 64 bytes.
 _LAYOUT = np.zeros(64, np.uint8)
 _LAYOUT[0], _LAYOUT[16:32:2], _LAYOUT[48:56] = 1, 64, SIDE
