@@ -147,27 +147,28 @@ def agreement():
 
 def in_tiles(tiles, pool, threads, A, B, parts):
     "What makes a product in tiles, with the rows shared among threads."
-    packed, ones, out, size = tiles.pack(B, parts=parts), np.ones(len(B), np.float32), np.zeros((len(A), B.shape[1] + 32), np.float32)[:, :B.shape[1]], tiles.panel(parts)
+    packed, ones, out, size = tiles.pack(B, parts=parts), np.ones(len(B), np.float32), np.zeros((len(A), B.shape[1] + 32), np.float32)[:, :B.shape[1]], 4 * tiles.panel(parts)  # each call costs some microseconds
     bounds = np.linspace(0, len(A), threads + 1).astype(int)
 
-    def work(a, b):
-        room = tiles.room(size, len(B), parts)
+    def work(a, b, room):
         for i in range(a, b, size):
             rows = slice(i, min(i + size, b))
             tiles.bend(A[rows], ones, room)
             tiles.multiply(room, packed, out[rows])
 
-    return lambda: list(pool.map(work, bounds[:-1], bounds[1:]))
+    rooms = [tiles.room(size, len(B), parts) for _ in range(threads)]
+    return lambda: list(pool.map(work, bounds[:-1], bounds[1:], rooms))
 
 
 def limits(threads):
-    "The machine's own rates: torch's matrix products in float32 and in bfloat16, those in tiles (GFLOP/s), and reading memory (GB/s)."
+    "The machine's own rates: torch's matrix products in float32 and in bfloat16, NumPy's in float32, those in tiles (GFLOP/s), and reading memory (GB/s)."
     A, B, big = torch.randn(4096, 1024), torch.randn(1024, 1024), torch.randn(1 << 26)
     A16, B16 = A.bfloat16(), B.bfloat16()
-    jobs = dict(float32=lambda: A @ B, bfloat16=lambda: A16 @ B16, read=lambda: big.sum())
+    jobs = dict(float32=lambda: A @ B, bfloat16=lambda: A16 @ B16, numpy=lambda: A.numpy() @ B.numpy(), read=lambda: big.sum())
     with ThreadPoolExecutor(threads) as pool:
         if (tiles := _tiles()) is not None: jobs |= {f"tiles, {p}": in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), _parts_of(p)) for p in PRECISIONS if _parts_of(p) is not None}
-        took = in_turns(jobs, 15)
+        # Not in turns: a library's threads wait in a loop for more work, for longer than the next one's product takes.
+        took = {k: in_turns({k: f}, 15)[k] for k, f in jobs.items()}
     work = 2 * A.shape[0] * B.numel() / 1e9
     return dict(threads=threads, units=tiles is not None and tiles.ready(), read=big.nbytes / took.pop("read") / 1e9, **{k: work / v for k, v in took.items()})
 
@@ -199,7 +200,7 @@ ALONE = {p: f"import sys, scipy.sparse as sp\n{use}\n" for p, use in dict(
 
 def floor(machine):
     "Cells/s of fine-tuning in float32 if nothing were done but the products with frozen weights, forth and back, at the machine's rate."
-    return max(machine["float32"], machine.get("tiles, float32", 0)) * 1e9 / (2 * 2 * sum(a * b for a, b in zip(HIDDEN, (*HIDDEN[1:], LATENT))))
+    return max(machine[k] for k in ("float32", "numpy", "tiles, float32") if k in machine) * 1e9 / (2 * 2 * sum(a * b for a, b in zip(HIDDEN, (*HIDDEN[1:], LATENT))))
 
 
 def weights(genes):
@@ -419,11 +420,11 @@ def written(args, r):
              f"Peak memory of a process that embeds {args.embed:,} cells: SCimilarity with its default buffer, of 10,000 cells, {memory['upstream'] / 1e9:.2f} GB; scimlora {memory['scimlora'] / 1e9:.2f} GB "
              f"({memory['scimlora'] / memory['upstream']:.2f} of it), of which {memory['nothing'] / 1e9:.2f} GB are there before a base is opened.", "",
              f"Labels at bfloat16: {r['different']} of {r['compared']:,} real cells get another label from mini than at float32 ({1 - r['different'] / r['compared']:.3%} agree).", "",
-             *other_precisions(r["precisions"]), "## Where the time goes", "", f"The machine's limits with {machine['threads']} threads, measured in the same run: {machine['float32']:,.0f} GFLOP/s in float32, {machine['bfloat16']:,.0f} in bfloat16, "
+             *other_precisions(r["precisions"]), "## Where the time goes", "", f"The machine's limits with {machine['threads']} threads, measured in the same run: {machine['float32']:,.0f} GFLOP/s in float32 through torch, {machine['numpy']:,.0f} through NumPy, {machine['bfloat16']:,.0f} in bfloat16, "
              f"{machine['read']:.1f} GB/s read from memory; the steps below are those of float32 on one thread.", ""]
     if "tiles, float32" in machine:
         units = machine["units"]
-        lines += [f"These are torch's products. Products in tiles, on the {'matrix' if units else 'vector'} units, with the rows shared among the threads: {machine['tiles, float32']:,.0f} GFLOP/s in float32"
+        lines += [f"Products in tiles, on the {'matrix' if units else 'vector'} units, with the rows shared among the threads: {machine['tiles, float32']:,.0f} GFLOP/s in float32"
                   + " made of three products of bfloat16" * units + (f", {machine['tiles, bfloat16']:,.0f} in bfloat16" if "tiles, bfloat16" in machine else "") + "."
                   + " On a shared machine the units' rate depends on what its neighbours do, more than that of anything else here." * units, ""]
     for kind, rows in r["steps"].items(): lines += [f"{kind}:", "", *table(rows, ["step", "µs a cell", "share", "GFLOP/s"])]

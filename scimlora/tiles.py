@@ -518,7 +518,7 @@ def parts_of(packed):
 
 
 def layout(parts):
-    """Say how products are made: `_multiply` wants to be told.
+    """Say how products are made, as the loops want to be told.
 
     Parameters
     ----------
