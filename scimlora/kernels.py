@@ -287,7 +287,7 @@ def _finish(layers, h, small, precision, out):
     for a in range(0, len(h), n):
         k = len(h[a:a + n]) * (copies - 1)
         rows = np.concatenate([h[a:a + n]] * copies)
-        if copies == 2: _correct(rows[k:], None if small is None else small[a:a + n], layers[0])
+        _correct(rows[k:], None if small is None else small[a:a + n], layers[0])
         points = _rest(layers, rows, precision, np.empty((len(rows), out[0].shape[1]), np.float32), k)
         for o, z in zip(out, np.split(points, copies)): o[a:a + n] = z
 
