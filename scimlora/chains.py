@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from .loops import _njit, _walk
-from .tiles import _multiply, bend, layout, pack, room, SIDE, STEP
+from .tiles import _multiply, _multiply_from, bend, layout, pack, room, SIDE, STEP
 
 # %% ../nbs/01ac_chains.ipynb #c1022b55
 _AT_ONCE = 4  # ranks: to read and write a row takes longer than one rank's sums
@@ -129,9 +129,7 @@ def _forth(first, place, indptr, indices, data, rows, genes, A, B, masks, frozen
     for i in range(n): _copied(first[place[i]], held.before[0][i])
     for l in range(last + 1):
         p = held.before[l]
-        if l > 0:
-            for i in range(n): _copied(frozen.biases[l], p[i])
-            _multiply(held.tiles[l - 1], 0, frozen.forth[l - 1], p, frozen.layout)
+        if l > 0: _multiply_from(frozen.biases[l], held.tiles[l - 1], frozen.forth[l - 1], p, frozen.layout)
         _turned(B[l], frozen.scales[l], held.turned[l])
         _add_spread(held.few[l], held.turned[l], p, n)
         if l < last: _pass_on(p, frozen.slopes[l], A[l], masks[l], held, l, n)

@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from .loops import _data, _in_all_lanes, _large_pages, _plus_product
+from .loops import _copy, _data, _in_all_lanes, _large_pages, _plus_product
 from .reorder import _njit
 
 # %% ../nbs/01ab_tiles.ipynb #3a34b461
@@ -458,47 +458,55 @@ def _meet(builder, held, a, rows, b, weights, high):
         for h, y in zip(sums, w): builder.store(plus(builder, builder.load(h), x, y), h)
 
 
-def _some_rows(builder, n, columns, sums, stride, a, more, b, steps, high):
-    "The loop over steps for n rows and so many times sixteen columns."
+def _some_rows(builder, n, columns, begin, sums, a, more, b, steps, high, coming, lines):
+    "The loop over steps for n rows and so many times sixteen columns, of which `begin` and `sums` say where they begin and how far rows are apart; each step asks for some lines that come."
     loop = lambda end, by: cgutils.for_range_slice(builder, _LONG(0), end, _LONG(by), _LONG)
-    places = [[_sixteen(builder, sums, builder.mul(stride, _LONG(r)), SIDE * q) for q in range(columns)] for r in range(n)]
-    held = [[cgutils.alloca_once_value(builder, _load(builder, p)) for p in row] for row in places]
-    with loop(steps, 1) as (j, _), loop(_LONG(high), _UNROLLED) as (k, _):
-        rows, weights = builder.add(builder.mul(j, more), k), builder.mul(builder.add(builder.mul(j, _LONG(2 * high)), k), _LONG(SIDE))
-        for u in range(_UNROLLED): _meet(builder, held, a, builder.add(rows, _LONG(u)), b, builder.add(weights, _LONG(u * SIDE)), high)
+    start, places = ([[_sixteen(builder, to, builder.mul(stride, _LONG(r)), SIDE * q) for q in range(columns)] for r in range(n)] for to, stride in (begin, sums))
+    held = [[cgutils.alloca_once_value(builder, _load(builder, p)) for p in row] for row in start]
+    with loop(steps, 1) as (j, _):
+        _fetch(builder, builder.gep(coming, [builder.mul(j, builder.mul(lines, _LONG(_LINE)))]), lines)
+        with loop(_LONG(high), _UNROLLED) as (k, _):
+            rows, weights = builder.add(builder.mul(j, more), k), builder.mul(builder.add(builder.mul(j, _LONG(2 * high)), k), _LONG(SIDE))
+            for u in range(_UNROLLED): _meet(builder, held, a, builder.add(rows, _LONG(u)), b, builder.add(weights, _LONG(u * SIDE)), high)
     for row, sums in zip(places, held):
         for p, h in zip(row, sums): _store(builder, builder.load(h), p)
 
 # %% ../nbs/01ab_tiles.ipynb #453da432
 @intrinsic
-def _block(typing, out, at_out, stride, tiles, at_tiles, more, packed, at_packed, steps):
-    "The same for 16 rows, of which sums, values and weights begin at some word."
+def _block(typing, out, at_out, stride, start, at_start, by, tiles, at_tiles, more, packed, at_packed, steps, ahead, lines):
+    "The same for 16 rows, of which sums, their start, values and weights begin at some word; and `ahead` the weights that come."
     high = STEP if packed.dtype == types.float32 else SIDE
     def build(context, builder, signature, args):
         words = lambda k: builder.bitcast(_data(context, builder, signature, args, k), ir.FloatType().as_pointer())
-        sums, a, b = (builder.gep(words(k), [args[k + 1]]) for k in (0, 3, 6))
+        sums, begin, a, b = (builder.gep(words(k), [args[k + 1]]) for k in (0, 3, 6, 9))
+        coming, no_lines = builder.bitcast(builder.gep(words(9), [args[12]]), _PLACE), _LONG(0)
         rows, columns = ((8, 8), 2) if "avx512f" in _features() else ((6, 6, 4), 1)
         for q in range(0, 2, columns):
             for h, n in zip(accumulate(rows, initial=0), rows):
-                to = builder.gep(sums, [builder.add(builder.mul(args[2], _LONG(h)), _LONG(q * SIDE))])
-                _some_rows(builder, n, columns, to, args[2], builder.gep(a, [_LONG(h * high)]), args[5], builder.gep(b, [_LONG(q * high * SIDE)]), args[8], high)
+                to = lambda start, stride: (builder.gep(start, [builder.add(builder.mul(stride, _LONG(h)), _LONG(q * SIDE))]), stride)
+                _some_rows(builder, n, columns, to(begin, args[5]), to(sums, args[2]), builder.gep(a, [_LONG(h * high)]), args[8],
+                           builder.gep(b, [_LONG(q * high * SIDE)]), args[11], high, coming, no_lines if q or h else args[13])
         return context.get_dummy_value()
     i = types.int64
-    return types.void(out, i, i, tiles, i, i, packed, i, i), build
+    return types.void(out, i, i, start, i, i, tiles, i, i, packed, i, i, i, i), build
 
 
 @_njit
-def _multiply_in_vectors(tiles, first, packed, out):
-    steps, high, stride = packed.shape[1], packed.shape[4], np.int64(out.strides[0] // 4)
+def _multiply_in_vectors(tiles, first, packed, out, start, by):
+    "Sums begin from `start`, where rows are so many values apart."
+    steps, high, stride, groups = packed.shape[1], packed.shape[4], np.int64(out.strides[0] // 4), len(out) // SIDE
     of_rows, near = high * SIDE, _NEAR * SIDE // high
-    more = np.int64(tiles.strides[0] // 4)
+    more, lines = np.int64(tiles.strides[0] // 4), np.int64(8 * of_rows // _LINE // max(groups, 1))
     for deep in range(0, steps, near * 4):
+        end = min(deep + near * 4, steps)
         for s in range(len(packed)):
-            for k in range(deep, min(deep + near * 4, steps), near):
-                n = np.int64(min(near, steps - k))
-                for i in range(len(out) // SIDE):
+            for k in range(deep, end, near):
+                n, coming = np.int64(min(near, end - k)), k + near if k + near < end else steps + deep
+                for i in range(groups):
                     sums, rows, weights = np.int64(i * SIDE * stride + s * STEP), np.int64(k * more + (first + i) * of_rows), np.int64((s * steps + k) * 2 * of_rows)
-                    _block(out, sums, stride, tiles, rows, more, packed, weights, n)
+                    ahead = np.int64((s * steps + coming) * 2 * of_rows + i * n * lines * _LINE // 4)
+                    if k: _block(out, sums, stride, out, sums, stride, tiles, rows, more, packed, weights, n, ahead, lines)
+                    else: _block(out, sums, stride, start, np.int64(i * SIDE * by + s * STEP), by, tiles, rows, more, packed, weights, n, ahead, lines)
 
 # %% ../nbs/01ab_tiles.ipynb #3b1ca8bf
 def parts_of(packed):
@@ -550,8 +558,16 @@ def panel(parts):
 
 @_njit
 def _multiply(tiles, first, packed, out, layout):
-    if layout is None: _multiply_in_vectors(tiles, first, packed, out)
+    if layout is None: _multiply_in_vectors(tiles, first, packed, out, out, np.int64(out.strides[0] // 4))
     else: _multiply_in_units(tiles, first, packed, out, layout)
+
+
+@_njit
+def _multiply_from(row, tiles, packed, out, layout):
+    "Make sums that begin from one row."
+    if layout is None: return _multiply_in_vectors(tiles, 0, packed, out, row, np.int64(0))
+    for i in range(len(out)): _copy(out[i], np.int64(0), row, np.int64(0), len(row))
+    _multiply_in_units(tiles, 0, packed, out, layout)
 
 # %% ../nbs/01ab_tiles.ipynb #888a4cc3
 def multiply(tiles, packed, out):
