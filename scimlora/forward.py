@@ -13,7 +13,8 @@ import numpy as np
 
 from .chains import _add_spread, _copied, _gather, _to_sphere
 from .loops import _copy, _njit
-from .tiles import _aligned, _multiply, bend, layout, panel, parts_of, room, SIDE, STEP
+from .strassen import bend, product, room
+from .tiles import _aligned, layout, panel, parts_of, SIDE, STEP
 
 # %% ../nbs/01ad_forward.ipynb #73fb4da9
 _Layers = namedtuple("_Layers", "biases slopes lefts rights between last layouts")
@@ -21,21 +22,15 @@ _Panel = namedtuple("_Panel", "rows tiles last few z length")
 
 
 @_njit
-def _product(h, slope, tiles, packed, layout, p):
-    bend(h, slope, tiles)
-    _multiply(tiles, 0, packed, p, layout)
-
-
-@_njit
-def _next(l, n, first, layers, panel):
-    "A layer's output before its bend, from that of the layer before, for n rows, which are corrected from `first` on."
-    slope, high = layers.slopes[l], -(-n // SIDE) * SIDE
-    h, p = panel.rows[l], panel.rows[l + 1]
-    for i in range(high): _copied(layers.biases[l], p[i])
-    if l < len(layers.biases) - 1: _product(h[:n, :len(slope)], slope, panel.tiles[l], layers.between[l], layers.layouts[0], p[:high])
-    else: _product(h[:n, :len(slope)], slope, panel.last, layers.last, layers.layouts[1], p[:high])
-    _gather(h[first:], layers.lefts[l], panel.few, n - first)
-    _add_spread(panel.few, layers.rights[l + 1], p[first:], n - first)
+def _next(l, high, first, n, layers, panel):
+    "A layer's output before its bend, from that of the layer before, for so many rows, of which n are corrected, from `first` on."
+    slope, h, p = layers.slopes[l], panel.rows[l][:high], panel.rows[l + 1][:high]
+    if l < len(layers.biases) - 1: bend(h[:, :len(slope)], slope, panel.tiles[l])
+    else: bend(h[:, :len(slope)], slope, panel.last)
+    _gather(h[first:], layers.lefts[l], panel.few, n)
+    if l < len(layers.biases) - 1: product(panel.tiles[l], layers.between[l], layers.biases[l], p[:, :len(layers.biases[l])], layers.layouts[0])
+    else: product(panel.last, layers.last, layers.biases[l], p[:, :len(layers.biases[l])], layers.layouts[1])
+    _add_spread(panel.few, layers.rights[l + 1], p[first:], n)
 
 # %% ../nbs/01ad_forward.ipynb #6c1206b6
 @_njit
@@ -43,28 +38,34 @@ def _through(h, few, copies, size, layers, panel, one, two):
     n, width = size // copies, h.shape[1]
     for a in range(0, len(h), n):
         m = min(n, len(h) - a)
-        first = m * (copies - 1)
+        # Whole tiles of rows in each half: of two encoders, the halves are theirs.
+        half = -(-m // SIDE) * SIDE if copies == 2 else -(-m // (2 * SIDE)) * SIDE
+        first = half * (copies - 1)
+        for i in range(m, first): panel.rows[0][i] = 0
+        for i in range(first + m, 2 * half): panel.rows[0][i] = 0
         for i in range(m):
             # As in `scimlora.loops.add_few`: rows of what may be a part of wider ones are copied as bytes.
-            for k in range(copies): _copy(panel.rows[0][k * m + i], np.int64(0), h[a + i], np.int64(0), width)
+            for k in range(copies): _copy(panel.rows[0][k * half + i], np.int64(0), h[a + i], np.int64(0), width)
         _add_spread(few[a:a + m], layers.rights[0], panel.rows[0][first:], m)
-        for l in range(len(layers.biases)): _next(l, first + m, first, layers, panel)
+        for l in range(len(layers.biases)): _next(l, 2 * half, first, m, layers, panel)
         _to_sphere(panel.rows[-1], panel.z[:first + m], panel.length)
         for i in range(m):
             _copied(panel.z[i], one[a + i])
-            if copies == 2: _copied(panel.z[m + i], two[a + i])
+            if copies == 2: _copied(panel.z[first + i], two[a + i])
 
 # %% ../nbs/01ad_forward.ipynb #11bff1db
 _held = threading.local()
 
 
-def _panel(size, widths, rank, parts):
-    "Room for a panel, kept by the thread. Rows do not begin at whole multiples of 4 kB, as in `scimlora.loops.padded`."
-    key, kept = (size, tuple(widths), rank, parts), _held.__dict__.setdefault("panels", {})
+def _panel(size, widths, rank, forms):
+    "Room for a panel, kept by the thread, of which `forms` says in which parts and whether halved. Rows do not begin at whole multiples of 4 kB, as in `scimlora.loops.padded`."
+    key, kept = (size, tuple(widths), rank, forms), _held.__dict__.setdefault("panels", {})
     if key not in kept:
-        rows = tuple(_aligned(np.float32, size, w + STEP) for w in widths)
-        tiles = tuple(room(size, w, parts[0]) for w in widths[:-1])
-        kept[key] = _Panel(rows, tiles, room(size, widths[-2], parts[1]), np.empty((size, rank), np.float32), np.empty((size, widths[-1]), np.float32), np.empty(size, np.float32))
+        # A layer reads what the one before wrote and writes where that had read: so all stays in the second cache.
+        rows = [_aligned(np.float32, size, max(widths) + STEP) for _ in range(2)]
+        rooms = {(w, f): room(size, w, *f) for w, f in {*((w, forms[0]) for w in widths[:-1]), (widths[-2], forms[1])}}
+        rows, tiles = tuple(rows[l % 2] for l in range(len(widths))), tuple(rooms[w, forms[0]] for w in widths[:-1])
+        kept[key] = _Panel(rows, tiles, rooms[widths[-2], forms[1]], np.empty((size, rank), np.float32), np.empty((size, widths[-1]), np.float32), np.empty(size, np.float32))
     return kept[key]
 
 
@@ -80,7 +81,7 @@ def forward(h, biases, slopes, packed, lefts, rights, few, one, two=None):
     slopes : list of numpy.ndarray of float32, shape (in,)
         Of PReLU below zero, before each of these layers.
     packed : list of numpy.ndarray
-        From `scimlora.tiles.pack`: each layer's weights; all but the last in one form.
+        From `scimlora.strassen.pack`: each layer's weights; all but the last in one form.
     lefts : list of numpy.ndarray of float32, shape (r, in)
         Of each of these layers: what its input is multiplied with for the correction of low rank; no rows where there is none.
     rights : list of numpy.ndarray of float32, shape (r, out)
@@ -92,8 +93,8 @@ def forward(h, biases, slopes, packed, lefts, rights, few, one, two=None):
     two : numpy.ndarray of float32, shape (n, latent), optional
         Where those of the corrected encoder go; then `one` is for those of the encoder without corrections.
     """
-    parts = parts_of(packed[0]), parts_of(packed[-1])
-    size, copies, widths = panel(parts[0]), 1 if two is None else 2, [h.shape[1], *map(len, biases)]
+    forms = tuple((parts_of(w), w.ndim == 7) for w in (packed[0], packed[-1]))
+    size, copies, widths = panel(forms[0][0]) * (2 if forms[0][1] else 1), 1 if two is None else 2, [h.shape[1], *map(len, biases)]
     # With no layer between first and last, the last stands in where the compiler wants one that it can leave out.
-    layers = _Layers(tuple(biases), tuple(slopes), tuple(lefts), tuple(rights), tuple(packed[:-1] or packed), packed[-1], tuple(map(layout, parts)))
-    _through(h, few, copies, size, layers, _panel(size, widths, max(map(len, rights)), parts), one, one if two is None else two)
+    layers = _Layers(tuple(biases), tuple(slopes), tuple(lefts), tuple(rights), tuple(packed[:-1] or packed), packed[-1], tuple(layout(parts) for parts, _ in forms))
+    _through(h, few, copies, size, layers, _panel(size, widths, max(map(len, rights)), forms), one, one if two is None else two)

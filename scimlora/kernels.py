@@ -296,9 +296,12 @@ def _finish_in_tiles(layers, h, small, precision, out):
     "The same."
     if len(layers) == 1: return _finish(layers, h, small, precision, out)
     from scimlora.forward import forward
+    from scimlora.strassen import fits, pack
 
     forms = [_parts_of(precision)] * (len(layers) - 2) + [_parts_of("float32")]
-    packed = [_kept(layer, parts, lambda w: _tiles().pack(w, parts=parts)) for layer, parts in zip(layers[1:], forms)]
+    widths = [len(layer.bias) for layer in layers]
+    halved = [*[fits(forms[0], *widths[:-1])] * (len(layers) - 2), fits(forms[-1], *widths[-2:])]
+    packed = [_kept(layer, form, lambda w: pack(w, *form)) for layer, form in zip(layers[1:], zip(forms, halved))]
     slopes = [np.full(len(layer.bias), layer.slope if layer.slope.size else 1, np.float32) for layer in layers[:-1]]
     turned = lambda m, n: np.zeros((0, n), np.float32) if m is None else np.ascontiguousarray(m.T)
     rights = [np.zeros((0, len(layer.bias)), np.float32) if r is None else np.ascontiguousarray(r) for layer, r in zip(layers, [None if small is None else layers[0].right, *(layer.right for layer in layers[1:])])]
