@@ -10,7 +10,6 @@ import functools
 
 import numpy as np
 import scipy.sparse as sp
-from llvmlite import ir
 from numba import njit, types
 from numba.core.caching import FunctionCache
 from numba.core.cpu import CPUContext
@@ -45,32 +44,32 @@ _exact = functools.partial(_njit, fastmath=False)
 
 # %% ../nbs/00f_reorder.ipynb #16f1d394
 @intrinsic
-def _lowest(typing, word):
-    "The place of the lowest bit; 64 if none is set."
-    def build(context, builder, signature, args): return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+def _bits(typing, word):
+    "How many bits are set."
+    def build(context, builder, signature, args): return builder.ctpop(args[0])
     return types.uint64(types.uint64), build
 
 # %% ../nbs/00f_reorder.ipynb #a47f83b2
 @_exact
-def _move(indptr, indices, data, to, sums, used, ends, columns, values):
-    "Fill a CSR matrix with moved columns. `used` is zero, with a bit for each place; its last word is not read, and `sums` goes on for another."
-    one, low, high, done, nothing = np.uint64(1), np.uint64(63), np.uint64(6), np.uint64(0), sums.dtype.type(0)
+def _move(indptr, indices, data, to, used, before, ends, columns, values):
+    "Fill a CSR matrix with moved columns. `used` is zero, with a bit for each place; what goes to its last word is written beyond the cell's values."
+    one, low, high, last, done = np.uint64(1), np.uint64(63), np.uint64(6), np.uint64(len(used) - 1), np.uint64(0)
     for i in range(len(indptr) - 1):
         for j in range(indptr[i], indptr[i + 1]):
             place = np.uint64(to[np.uint64(indices[j])])
-            word, bit = used[place >> high], one << (place & low)
-            before = sums[place]  # another row's, unless the bit is set
-            sums[place] = (before if word & bit else nothing) + data[j]
-            used[place >> high] = word | bit
-        for w in range(len(used) - 1):
-            bits = used[w]
-            while bits:
-                for _ in range(4):
-                    place = (np.uint64(w) << high) + _lowest(bits)
-                    columns[done], values[done] = place, sums[place]
-                    done += np.uint64((sums[place] != 0) & (bits != 0))
-                    bits &= bits - one
-            used[w] = 0
+            used[place >> high if data[j] != 0 else last] |= one << (place & low)
+        begin = done
+        for w in range(len(used)):
+            before[w] = done
+            if w < last: done += _bits(used[w])
+        for k in range(begin, done): values[k] = 0
+        for j in range(indptr[i], indptr[i + 1]):
+            place = np.uint64(to[np.uint64(indices[j])])
+            word = place >> high if data[j] != 0 else last
+            at = before[word] + _bits(used[word] & ((one << (place & low)) - one))
+            columns[at] = place
+            values[at] += data[j]
+        for w in range(len(used)): used[w] = 0
         ends[i + 1] = done
 
 # %% ../nbs/00f_reorder.ipynb #18307b25
@@ -80,6 +79,7 @@ def move_columns(X, to, n):
     Parameters
     ----------
     X : scipy.sparse.csr_matrix of float32 or float64, shape (n_rows, n_columns)
+        Of values that are not negative.
     to : numpy.ndarray of int, shape (n_columns,)
         Each column's place, 0 to n - 1; n: it is left out.
     n : int
@@ -93,9 +93,9 @@ def move_columns(X, to, n):
     if not X.has_sorted_indices: X = X.tocsc().tocsr()
     words = -(-n // 64)
     to = np.where(to < n, to, 64 * words).astype(np.int32)  # a place whose bit is in the word that is not read
-    room, ends = X.nnz + 1, np.zeros(X.shape[0] + 1, X.indptr.dtype)  # what is read beyond the last has a place
+    room, ends = X.nnz + 64, np.zeros(X.shape[0] + 1, X.indptr.dtype)  # what is left out has a place, too
     columns, values = np.empty(room, X.indices.dtype), np.empty(room, X.dtype)
-    _move(X.indptr, X.indices, X.data, to, np.zeros(64 * (words + 1), X.dtype), np.zeros(words + 1, np.uint64), ends, columns, values)
+    _move(X.indptr, X.indices, X.data, to, *np.zeros((2, words + 1), np.uint64), ends, columns, values)
     out = sp.csr_matrix((values[:ends[-1]], columns[:ends[-1]], ends), (X.shape[0], n))
     out.has_canonical_format = True
     return out

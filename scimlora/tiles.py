@@ -13,22 +13,15 @@ import platform
 from itertools import accumulate
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .loops import _copy, _data, _in_all_lanes, _large_pages, _plus_product
+from .loops import _copy, _data, _features, _fetch, _in_all_lanes, _large_pages, _LINE, _plus_product
 from .reorder import _njit
 
 # %% ../nbs/01ab_tiles.ipynb #3a34b461
-@functools.lru_cache
-def _features():
-    "What the compiler is told that the processor can do."
-    if config.CPU_NAME or config.CPU_FEATURES: return {f[1:] for f in (config.CPU_FEATURES or "").split(",") if f.startswith("+")}
-    return {f for f, there in binding.get_host_cpu_features().items() if there}
-
-
 @functools.lru_cache
 def ready():
     """Ask whether there are matrix units, and for leave to use them.
@@ -148,7 +141,7 @@ def _pack(weight, rows, none, out):
                     _pair(a, b, np.int64(s * STEP + q * SIDE), flat, at, np.int64(at + by))
 
 # %% ../nbs/01ab_tiles.ipynb #be6afd85
-_LARGE, _LINE = 2**19, 64  # bytes: from how many on an array is worth pages of 2 MB; a line of the cache
+_LARGE = 2**19  # bytes from how many on an array is worth pages of 2 MB
 
 
 def _aligned(kind, *shape):
@@ -359,14 +352,6 @@ def _step(builder, a, b, parts):
             times(q, 0)
             if parts == 2 and part == 0: times(q, 1)
         if part: rows(1)
-
-
-def _fetch(builder, place, lines):
-    "Ask for lines of memory that will be read soon."
-    kind = ir.FunctionType(ir.VoidType(), [_PLACE, _WORD, _WORD, _WORD])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    with cgutils.for_range_slice(builder, _LONG(0), lines, _LONG(1), _LONG) as (k, _):
-        builder.call(prefetch, [builder.gep(place, [builder.mul(k, _LONG(_LINE))]), _WORD(0), _WORD(2), _WORD(1)])  # to read; into the second cache; data
 
 
 def _step_of_one(builder, a, b):
