@@ -38,16 +38,14 @@ def _through(h, few, copies, size, layers, panel, one, two):
     n, width = size // copies, h.shape[1]
     for a in range(0, len(h), n):
         m = min(n, len(h) - a)
-        # Whole tiles of rows in each half: of two encoders, the halves are theirs.
-        half = -(-m // SIDE) * SIDE if copies == 2 else -(-m // (2 * SIDE)) * SIDE
-        first = half * (copies - 1)
-        for i in range(m, first): panel.rows[0][i] = 0
-        for i in range(first + m, 2 * half): panel.rows[0][i] = 0
-        for i in range(m):
+        each = -(-m // SIDE) * SIDE  # whole tiles of rows for each encoder
+        first = each * (copies - 1)
+        for k in range(copies):
             # As in `scimlora.loops.add_few`: rows of what may be a part of wider ones are copied as bytes.
-            for k in range(copies): _copy(panel.rows[0][k * half + i], np.int64(0), h[a + i], np.int64(0), width)
+            for i in range(m): _copy(panel.rows[0][k * each + i], np.int64(0), h[a + i], np.int64(0), width)
+            for i in range(m, each): panel.rows[0][k * each + i] = 0
         _add_spread(few[a:a + m], layers.rights[0], panel.rows[0][first:], m)
-        for l in range(len(layers.biases)): _next(l, 2 * half, first, m, layers, panel)
+        for l in range(len(layers.biases)): _next(l, each * copies, first, m, layers, panel)
         _to_sphere(panel.rows[-1], panel.z[:first + m], panel.length)
         for i in range(m):
             _copied(panel.z[i], one[a + i])
@@ -81,7 +79,8 @@ def forward(h, biases, slopes, packed, lefts, rights, few, one, two=None):
     slopes : list of numpy.ndarray of float32, shape (in,)
         Of PReLU below zero, before each of these layers.
     packed : list of numpy.ndarray
-        From `scimlora.strassen.pack`: each layer's weights; all but the last in one form.
+        From `scimlora.strassen.pack`: each layer's weights; all but the last in one form. Halved only for two encoders, of which a cell's two
+        rows then are partners: in one, partners would be two cells, and each would change the other's numbers in the last digits.
     lefts : list of numpy.ndarray of float32, shape (r, in)
         Of each of these layers: what its input is multiplied with for the correction of low rank; no rows where there is none.
     rights : list of numpy.ndarray of float32, shape (r, out)

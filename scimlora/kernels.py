@@ -300,7 +300,8 @@ def _finish_in_tiles(layers, h, small, precision, out):
 
     forms = [_parts_of(precision)] * (len(layers) - 2) + [_parts_of("float32")]
     widths = [len(layer.bias) for layer in layers]
-    halved = [*[fits(forms[0], *widths[:-1])] * (len(layers) - 2), fits(forms[-1], *widths[-2:])]
+    two = len(out) == 2
+    halved = [*[two and fits(forms[0], *widths[:-1])] * (len(layers) - 2), two and fits(forms[-1], *widths[-2:])]
     packed = [_kept(layer, form, lambda w: pack(w, *form)) for layer, form in zip(layers[1:], zip(forms, halved))]
     slopes = [np.full(len(layer.bias), layer.slope if layer.slope.size else 1, np.float32) for layer in layers[:-1]]
     turned = lambda m, n: np.zeros((0, n), np.float32) if m is None else np.ascontiguousarray(m.T)

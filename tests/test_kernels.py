@@ -130,16 +130,19 @@ def test_a_cell_in_tiles_is_the_same_whoever_its_neighbours_are(real, precision)
     assert far(whole, X[:, genes].astype(np.float64) @ first.weight[genes] + first.bias) < (1e-4 if precision == "float32" else 0.2)
 
     def points(h):
-        z = np.empty((len(h), mini.latent), np.float32)
-        kernels._finish_in_tiles(mini.layers, h, None, precision, [z])
+        "By one encoder, and by two."
+        z = np.empty((3, len(h), mini.latent), np.float32)
+        kernels._finish_in_tiles(mini.layers, h, None, precision, z[:1])
+        kernels._finish_in_tiles(mini.layers, h, None, precision, z[1:])
         return z
 
     after = points(whole)
+    assert np.abs(after - after[0]).max() < SAME
     for rows in (slice(0, 1), slice(3, 40), slice(100, 700)):
         part = X[rows]
         h = kernels._add_in_tiles(start(part.shape[0]), part, first, genes, precision)
         assert np.array_equal(h, whole[rows])
-        assert np.array_equal(points(h), after[rows])
+        assert np.array_equal(points(h), after[:, rows])
 
 
 def test_threads_and_batches(way, real):
