@@ -24,7 +24,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .core import InputError, one_blas_thread, progress, torch
-from .rows import sum_rows
+from .rows import as_csr, sum_rows
 
 # %% ../nbs/01b_kernels.ipynb #1290a714
 @dataclass(eq=False)  # told apart by identity, so that copies on a graphics card can be kept by layer
@@ -177,8 +177,7 @@ def _rows(X, a, b):
     "Some rows of a CSR matrix as float32, not copied, with no column twice in a row; the dense block would keep one of two values."
     if b - a == X.shape[0] and X.dtype == np.float32 and X.has_canonical_format: return X
     start, end = X.indptr[a], X.indptr[b]
-    part = sp.csr_matrix((b - a, X.shape[1]), dtype=np.float32)  # given the arrays, it would copy those that are parts of larger ones
-    part.indptr, part.indices, part.data = X.indptr[a:b + 1] - start, X.indices[start:end], X.data[start:end].astype(np.float32, copy=False)
+    part = as_csr(X.data[start:end].astype(np.float32, copy=False), X.indices[start:end], X.indptr[a:b + 1] - start, X.shape[1])
     part.has_canonical_format = X.has_canonical_format
     if X.has_canonical_format: return part
     part = part.copy()

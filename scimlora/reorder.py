@@ -52,8 +52,8 @@ def _bits(typing, word):
 # %% ../nbs/00f_reorder.ipynb #a47f83b2
 @_exact
 def _move(indptr, indices, data, to, used, before, ends, columns, values):
-    "Fill a CSR matrix with moved columns. `used` is zero, with a bit for each place; what goes to its last word is written beyond the cell's values."
-    one, low, high, last, done = np.uint64(1), np.uint64(63), np.uint64(6), np.uint64(len(used) - 1), np.uint64(0)
+    "Fill a CSR matrix with moved columns. `used` is zero, with a bit for each place; what goes to its last word is written beyond the cell's values. Returns whether a value was negative, so that a sum may be zero."
+    one, low, high, last, done, negative = np.uint64(1), np.uint64(63), np.uint64(6), np.uint64(len(used) - 1), np.uint64(0), False
     for i in range(len(indptr) - 1):
         for j in range(indptr[i], indptr[i + 1]):
             place = np.uint64(to[np.uint64(indices[j])])
@@ -69,8 +69,10 @@ def _move(indptr, indices, data, to, used, before, ends, columns, values):
             at = before[word] + _bits(used[word] & ((one << (place & low)) - one))
             columns[at] = place
             values[at] += data[j]
+            negative |= data[j] < 0
         for w in range(len(used)): used[w] = 0
         ends[i + 1] = done
+    return negative
 
 # %% ../nbs/00f_reorder.ipynb #18307b25
 def move_columns(X, to, n):
@@ -79,7 +81,6 @@ def move_columns(X, to, n):
     Parameters
     ----------
     X : scipy.sparse.csr_matrix of float32 or float64, shape (n_rows, n_columns)
-        Of values that are not negative.
     to : numpy.ndarray of int, shape (n_columns,)
         Each column's place, 0 to n - 1; n: it is left out.
     n : int
@@ -95,7 +96,8 @@ def move_columns(X, to, n):
     to = np.where(to < n, to, 64 * words).astype(np.int32)  # a place whose bit is in the word that is not read
     room, ends = X.nnz + 64, np.zeros(X.shape[0] + 1, X.indptr.dtype)  # what is left out has a place, too
     columns, values = np.empty(room, X.indices.dtype), np.empty(room, X.dtype)
-    _move(X.indptr, X.indices, X.data, to, *np.zeros((2, words + 1), np.uint64), ends, columns, values)
+    negative = _move(X.indptr, X.indices, X.data, to, *np.zeros((2, words + 1), np.uint64), ends, columns, values)
     out = sp.csr_matrix((values[:ends[-1]], columns[:ends[-1]], ends), (X.shape[0], n))
     out.has_canonical_format = True
+    if negative: out.eliminate_zeros()
     return out
