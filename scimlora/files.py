@@ -121,8 +121,7 @@ class CellFile:
     def chunks(self, where, values=5_000_000):
         """Return slices of rows that hold at most about so many values each: of one size and an even number, if there are several.
 
-        A file that would be few slices is up to eight of 2,500 cells or more, and the last one comes in a half and two quarters, for
-        threads to end at about the same time.
+        A slice is 2,048 cells at most, unless these hold less than a tenth of the values: what a thread does with so many stays in the caches.
 
         Parameters
         ----------
@@ -136,9 +135,9 @@ class CellFile:
         list of slice
         """
         a_cell = max(1, self.places[where].nnz / max(1, self.n_obs))
-        n = max(-(-self.n_obs // int(min(max(values / a_cell, 64), 50_000))), min(8, self.n_obs // 2500))
+        n = -(-self.n_obs // int(min(max(values / a_cell, 64), max(values / 10 / a_cell, 2048), 50_000)))
         if n > 1: n += n % 2  # an odd one would be alone
-        bounds = (np.r_[0:n, [n - 0.5, n - 0.25] if n > 1 else [], n] / n * self.n_obs).astype(int).tolist()
+        bounds = (np.arange(n + 1) / n * self.n_obs).astype(int).tolist()
         return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:]) if a < b]
 
     def __enter__(self): return self

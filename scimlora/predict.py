@@ -169,7 +169,6 @@ def open_bundle(bundle):
 # %% ../nbs/03c_predict.ipynb #4d4e4819
 # Of presets with ten genes each, on two bundles, those of taught types lay below 0.7 from a class, the others above 0.79.
 _PANEL_DISTANCE = 0.75
-_CHUNK = 3072  # cells that go through the encoder together, since each such part copies the rare genes' weights anew
 
 
 class Predictor:
@@ -197,7 +196,7 @@ class Predictor:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.base = base_of(self.bundle, base)
         self.genes, self.classes = self.base.genes, self.bundle.classes
-        self._how, self._made = dict(precision=precision, device=find_device(device), share=1, batch=_CHUNK), {}
+        self._how, self._made = dict(precision=precision, device=find_device(device), share=1), {}
         self.layers = served_layers(self.base, self.bundle.adapter_config, self.bundle.adapter)
         head = self.bundle.head
         self._W, self._b = head.weight.astype(np.float64).T, head.bias.astype(np.float64)
