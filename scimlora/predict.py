@@ -88,7 +88,8 @@ class Predictions:
         """
         order = self._order(3)
         shares = np.rint(1000 * np.take_along_axis(self.proba, order, axis=1)).astype(int)
-        top3 = list(map(";".join, (np.array(self.classes, dtype=object)[order] + _SHARES[shares]).tolist()))
+        each = np.array(self.classes, dtype=object)[order] + _SHARES[shares]
+        top3 = list(map(";".join, zip(*each.T.tolist())))  # a list for each cell would make Python look for garbage, with all threads waiting
         return pd.DataFrame(dict(
             scimlora_label=pd.Categorical.from_codes(self.proba.argmax(1), self.classes), scimlora_confidence=self.confidence,
             scimlora_unassigned=self.unassigned, scimlora_reason=self.reason, scimlora_top3=np.array(top3, dtype=object)))
