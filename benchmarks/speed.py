@@ -29,7 +29,7 @@ import torch
 
 import speed_precisions
 from large_files import write_h5ad
-from speed_turns import child, in_turns, tiled
+from speed_turns import child, in_turns, REST, tiled
 from scimlora.base import Base, load_base, load_head
 from scimlora.core import one_blas_thread, versions
 from scimlora.encoder import Encoder
@@ -168,8 +168,7 @@ def limits(threads):
     jobs = dict(float32=lambda: A @ B, bfloat16=lambda: A16 @ B16, numpy=lambda: A.numpy() @ B.numpy(), read=lambda: big.sum())
     with ThreadPoolExecutor(threads) as pool:
         if (tiles := _tiles()) is not None: jobs |= {f"tiles, {p}": in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), _parts_of(p)) for p in PRECISIONS if _parts_of(p) is not None}
-        # Not in turns: a library's threads wait in a loop for more work, for longer than the next one's product takes.
-        took = {k: in_turns({k: f}, 15)[k] for k, f in jobs.items()}
+        took = in_turns(jobs, 15)
     work = 2 * A.shape[0] * B.numel() / 1e9
     return dict(threads=threads, units=tiles is not None and tiles.ready(), read=big.nbytes / took.pop("read") / 1e9, **{k: work / v for k, v in took.items()})
 
@@ -427,7 +426,7 @@ def written(args, r):
     "The lines of RESULTS.md."
     package, machine, memory, service = versions("scimlora", "torch", "numpy", "scipy", "numba", "scimilarity", "scikit-learn"), r["machine"], r["memory"], r["service"]
     lines = ["# Speed", "", f"Made by `python benchmarks/speed.py --cells {args.cells} --embed {args.embed} --rounds {args.rounds}`. Base: SCimilarity v1.1's shape ({N_GENES:,} genes, "
-             f"{', '.join(map(str, HIDDEN))}, {LATENT}), random weights. Cells: real ones, tiled. Medians of rounds in turns.", "",
+             f"{', '.join(map(str, HIDDEN))}, {LATENT}), random weights. Cells: real ones, tiled. Medians of rounds in turns, with {REST} s between two, since a library's threads look for more work for a while.", "",
              f"{cpu()}; {torch.get_num_threads()} threads; " + ", ".join(f"{k} {v}" for k, v in package.items()) + ".", "",
              "## Targets", "", *table([*targets(r)], ["what", "wanted", "measured", "reached"]),
              "## Embedding", "", "Ratio: to the best buffer size of SCimilarity's `CellEmbedding.get_embeddings`. Difference: largest, of any coordinate of a point of unit length.", "",

@@ -13,12 +13,16 @@ def tiled(X, n):
     return sp.vstack([X] * -(-n // X.shape[0]), format="csr")[:n]
 
 
+REST = 0.3  # seconds between two jobs: threads of the last one's libraries go on for a while looking for work, and take time from the next
+
+
 def in_turns(jobs, rounds):
     "Median seconds of each job, run in turns after one call each that is not counted."
     for f in jobs.values(): f()
     seconds = {k: [] for k in jobs}
     for _ in range(rounds):
         for k, f in jobs.items():
+            time.sleep(REST)
             start = time.perf_counter()
             f()
             seconds[k].append(time.perf_counter() - start)
