@@ -60,7 +60,9 @@ def kind_of(X):
 
 # %% ../nbs/01_data.ipynb #6857dcf5
 def _as_csr(X, where):
-    try: X = X if isinstance(X, sp.csr_matrix) and X.dtype != np.float16 else sp.csr_matrix(X.astype(np.float32) if X.dtype == np.float16 else X)
+    try:
+        X = X.astype(np.float32) if X.dtype == np.float16 else X
+        if not isinstance(X, sp.csr_matrix): X = sp.csr_matrix(X)
     except (AttributeError, TypeError, ValueError): raise InputError(f"{where}: is no matrix of numbers") from None
     if X.dtype.kind not in "fiub": raise InputError(f"{where}: holds {X.dtype} values, not numbers")
     # Indices that point elsewhere have crashed whole processes. SciPy's check would copy what is a part of larger arrays.

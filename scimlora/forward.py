@@ -93,6 +93,7 @@ def forward(h, biases, slopes, packed, lefts, rights, few, one, two=None):
         Where those of the corrected encoder go; then `one` is for those of the encoder without corrections.
     """
     forms = tuple((parts_of(w), w.ndim == 7) for w in (packed[0], packed[-1]))
+    # Halved, a product is of half as many rows.
     size, copies, widths = panel(forms[0][0]) * (2 if forms[0][1] else 1), 1 if two is None else 2, [h.shape[1], *map(len, biases)]
     # With no layer between first and last, the last stands in where the compiler wants one that it can leave out.
     layers = _Layers(tuple(biases), tuple(slopes), tuple(lefts), tuple(rights), tuple(packed[:-1] or packed), packed[-1], tuple(layout(parts) for parts, _ in forms))

@@ -201,7 +201,7 @@ def _ask(typing, row, first, n):
         return context.get_dummy_value()
     return types.void(row, types.int64, types.int64), build
 
-
+# %% ../nbs/01aa_loops.ipynb #006fc878
 @_njit
 def _multiply(weight, rare, ends, local, values, bias, out, piece, sums):
     n, width = out.shape
@@ -243,7 +243,7 @@ def _large_pages(*sizes):
     start = -room.ctypes.data % page
     return np.split(room[start:start + 4 * sum(sizes)].view(np.float32), np.cumsum(sizes[:-1]))
 
-
+# %% ../nbs/01aa_loops.ipynb #2adf8b30
 def multiply_rare(weight, bias, rare, dealt):
     """Multiply the rare genes' values with their weights, and add the bias.
 
