@@ -155,7 +155,7 @@ def in_tiles(tiles, pool, threads, A, B, parts):
         for i in range(a, b, size):
             rows = slice(i, min(i + size, b))
             tiles.bend(A[rows], ones, room)
-            tiles.multiply(room, packed, out[rows])
+            tiles.multiply(room, packed, out[rows], parts)
 
     rooms = [tiles.room(size, len(B), parts) for _ in range(threads)]
     return lambda: list(pool.map(work, bounds[:-1], bounds[1:], rooms))

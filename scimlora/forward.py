@@ -14,7 +14,7 @@ import numpy as np
 from .chains import _add_spread, _copied, _gather, _to_sphere
 from .loops import _copy, _njit
 from .strassen import bend, product, room
-from .tiles import _aligned, layout, panel, parts_of, SIDE, STEP
+from .tiles import _aligned, layout, panel, SIDE, STEP
 
 # %% ../nbs/01ad_forward.ipynb #73fb4da9
 _Layers = namedtuple("_Layers", "biases slopes lefts rights between last layouts")
@@ -34,7 +34,7 @@ def _next(l, high, first, n, layers, panel):
 
 # %% ../nbs/01ad_forward.ipynb #6c1206b6
 @_njit
-def _through(h, few, copies, size, layers, panel, one, two):
+def _through(h, times, few, copies, size, layers, panel, one, two):
     n, width = size // copies, h.shape[1]
     for a in range(0, len(h), n):
         m = min(n, len(h) - a)
@@ -43,6 +43,7 @@ def _through(h, few, copies, size, layers, panel, one, two):
         for k in range(copies):
             # As in `scimlora.loops.add_few`: rows of what may be a part of wider ones are copied as bytes.
             for i in range(m): _copy(panel.rows[0][k * each + i], np.int64(0), h[a + i], np.int64(0), width)
+            for i in range(m): panel.rows[0][k * each + i] *= times
             for i in range(m, each): panel.rows[0][k * each + i] = 0
         _add_spread(few[a:a + m], layers.rights[0], panel.rows[0][first:], m)
         for l in range(len(layers.biases)): _next(l, each * copies, first, m, layers, panel)
@@ -67,19 +68,23 @@ def _panel(size, widths, rank, forms):
     return kept[key]
 
 
-def forward(h, biases, slopes, packed, lefts, rights, few, one, two=None):
+def forward(h, times, biases, slopes, packed, forms, lefts, rights, few, one, two=None):
     """Carry rows through all layers but the first, to points of unit length.
 
     Parameters
     ----------
     h : numpy.ndarray of float32, shape (n, width)
         The first layer's output before its bend; each row's values lie side by side.
+    times : numpy.float32
+        What it is multiplied with, above zero. Weights, biases and rights are as they shall be then.
     biases : list of numpy.ndarray of float32, shape (out,)
         Of the layers after the first.
     slopes : list of numpy.ndarray of float32, shape (in,)
         Of PReLU below zero, before each of these layers.
     packed : list of numpy.ndarray
-        From `scimlora.strassen.pack`: each layer's weights; all but the last in one form. Halved only for two encoders, of which a cell's two
+        From `scimlora.strassen.pack`: each layer's weights.
+    forms : tuple of (int, bool)
+        In which parts, and whether halved, as that takes it: all layers but the last, and the last. Halved only for two encoders, of which a cell's two
         rows then are partners: in one, partners would be two cells, and each would change the other's numbers in the last digits.
     lefts : list of numpy.ndarray of float32, shape (r, in)
         Of each of these layers: what its input is multiplied with for the correction of low rank; no rows where there is none.
@@ -92,9 +97,8 @@ def forward(h, biases, slopes, packed, lefts, rights, few, one, two=None):
     two : numpy.ndarray of float32, shape (n, latent), optional
         Where those of the corrected encoder go; then `one` is for those of the encoder without corrections.
     """
-    forms = tuple((parts_of(w), w.ndim == 7) for w in (packed[0], packed[-1]))
     # Halved, a product is of half as many rows.
     size, copies, widths = panel(forms[0][0]) * (2 if forms[0][1] else 1), 1 if two is None else 2, [h.shape[1], *map(len, biases)]
     # With no layer between first and last, the last stands in where the compiler wants one that it can leave out.
     layers = _Layers(tuple(biases), tuple(slopes), tuple(lefts), tuple(rights), tuple(packed[:-1] or packed), packed[-1], tuple(layout(parts) for parts, _ in forms))
-    _through(h, few, copies, size, layers, _panel(size, widths, max(map(len, rights)), forms), one, one if two is None else two)
+    _through(h, np.float32(times), few, copies, size, layers, _panel(size, widths, max(map(len, rights)), forms), one, one if two is None else two)

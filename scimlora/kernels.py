@@ -137,6 +137,19 @@ def _fast(X, layer, share, precision, add=_add_dense):
     out = loops.multiply_rare(layer.weight, layer.bias, rare, loops.deal_rare(X, rare))
     return add(out, X, layer, frequent, precision) if len(frequent) else out
 
+# %% ../nbs/01b_kernels.ipynb #c671d04a
+_KEPT = weakref.WeakKeyDictionary()  # layer → {form: its weight in that form}
+
+
+def _kept(layer, form, make):
+    held = _KEPT.setdefault(layer, {})
+    if form not in held: held[form] = make(layer.weight)
+    return held[form]
+
+
+def _size(x): return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
 # %% ../nbs/01b_kernels.ipynb #38b31a8c
 @functools.lru_cache
 def _tiles():
@@ -146,22 +159,33 @@ def _tiles():
     return tiles if tiles.find_parts("float32") is not None else None
 
 
-def _parts_of(precision):
+def _parts_of(precision, alike=False):
     "In which form values are multiplied in tiles, or None."
-    return None if _tiles() is None else _tiles().find_parts(precision)
+    return None if _tiles() is None else _tiles().find_parts(precision, alike)
+
+
+# %% ../nbs/01b_kernels.ipynb #81c89487
+_FREQUENT = 1.2  # about the size of values of frequent genes, zeros among them
+_FURTHER = 16  # every 16th gene's weights say how large they are
+
+
+def _larger(weight):
+    "A power of two; if weights are so many times as large and cells so many times smaller, both are of about one size."
+    return 2.0 ** np.rint(np.log2(_FREQUENT / (_size(weight[::_FURTHER]) or 1)) / 2)
 
 
 def _add_in_tiles(out, X, layer, frequent, precision):
     "As `_add_dense`."
     tiles = _tiles()
-    parts = _parts_of(precision)
+    parts = _parts_of(precision, alike=True)
     size = min(tiles.panel(parts), len(out))
-    packed, room = tiles.pack(layer.weight, frequent, parts), tiles.room(size, len(frequent), parts)
+    larger = _kept(layer, "larger", _larger) if parts == tiles.PAIRS else 1.0
+    packed, room = tiles.pack(layer.weight, frequent, parts, larger), tiles.room(size, len(frequent), parts)
     place = tiles.places(frequent, X.shape[1], room)
     for a in range(0, len(out), size):
         part = out[a:a + size]
-        tiles.lay_out(X.indptr, X.indices, X.data, place, a, len(part), room)
-        tiles.multiply(room, packed, part)
+        tiles.lay_out(X.indptr, X.indices, X.data, place, a, len(part), room, np.float32(1 / larger))
+        tiles.multiply(room, packed, part, parts)
     return out
 
 
@@ -228,14 +252,7 @@ def _correct(h, small, layer, compiled=False):
     return h
 
 # %% ../nbs/01b_kernels.ipynb #e415668c
-_KEPT = weakref.WeakKeyDictionary()  # layer → {form: its weight in that form}
 _NEAR = 32  # rows: what they take stays in a core's second cache from one step to the next
-
-
-def _kept(layer, form, make):
-    held = _KEPT.setdefault(layer, {})
-    if form not in held: held[form] = make(layer.weight)
-    return held[form]
 
 
 def _bend(h, slope):
@@ -291,24 +308,61 @@ def _finish(layers, h, small, precision, out):
         for o, z in zip(out, np.split(points, copies)): o[a:a + n] = z
 
 # %% ../nbs/01b_kernels.ipynb #accf9e7b
+_PROBES, _EXPRESSED = 8, 500  # made-up cells, and genes of each
+
+
+def _made_up(first):
+    "What a first layer gives of cells that express some genes."
+    rng, h = np.random.default_rng(0), np.tile(first.bias, (_PROBES, 1))
+    for row in h:
+        genes = rng.choice(len(first.weight), min(_EXPRESSED, len(first.weight)), replace=False)
+        row += np.log1p(rng.exponential(10, len(genes))).astype(np.float32) @ first.weight[genes]
+    return h
+
+
+def _near(x): return 2.0 ** np.rint(np.log2(x)) if 0 < x < np.inf else 1.0
+
+
+def _find_gains(layers):
+    h, found = _made_up(layers[0]), []
+    for before, layer in zip(layers, layers[1:]):
+        h = _bend(h, before.slope)
+        if not found: found = [_near(1 / (len(layer.weight) ** 0.5 * (_size(h) or 1)))]
+        found.append(_near(np.prod(found) * _size(h) / (_size(layer.weight) or 1)))
+        h = h @ layer.weight + layer.bias
+    return np.float32(found)
+
+
+def _gains(layers, forms):
+    "What the first layer's output and each later layer's weights are multiplied with: all one where no layer is in pairs."
+    if _tiles().PAIRS not in forms: return np.ones(len(layers), np.float32)
+    held, key = _KEPT.setdefault(layers[0], {}), ("gains", *map(id, layers[1:]))
+    if key not in held: held[key] = _find_gains(layers)
+    return held[key]
+
+
+# %% ../nbs/01b_kernels.ipynb #6cb91b80
 def _finish_in_tiles(layers, h, small, precision, out):
-    "The same."
+    "As `_finish`."
     if len(layers) == 1: return _finish(layers, h, small, precision, out)
     from scimlora.forward import forward
     from scimlora.strassen import fits, pack
 
-    forms = [_parts_of(precision)] * (len(layers) - 2) + [_parts_of("float32")]
-    widths = [len(layer.bias) for layer in layers]
-    two = len(out) == 2
-    halved = [*[two and fits(forms[0], *widths[:-1])] * (len(layers) - 2), two and fits(forms[-1], *widths[-2:])]
-    packed = [_kept(layer, form, lambda w: pack(w, *form)) for layer, form in zip(layers[1:], zip(forms, halved))]
+    parts = _parts_of(precision, alike=True), _parts_of("float32", alike=True)
+    widths, two = [len(layer.bias) for layer in layers], len(out) == 2
+    forms = (parts[0], two and fits(parts[0], *widths[:-1])), (parts[1], two and fits(parts[1], *widths[-2:]))
+    gains = _gains(layers, parts)
+    packed = [_kept(layer, (form, gain), lambda w: pack(w * gain, *form)) for layer, form, gain in zip(layers[1:], [forms[0]] * (len(layers) - 2) + [forms[1]], gains[1:])]
     slopes = [np.full(len(layer.bias), layer.slope if layer.slope.size else 1, np.float32) for layer in layers[:-1]]
     turned = lambda m, n: np.zeros((0, n), np.float32) if m is None else np.ascontiguousarray(m.T)
-    rights = [np.zeros((0, len(layer.bias)), np.float32) if r is None else np.ascontiguousarray(r) for layer, r in zip(layers, [None if small is None else layers[0].right, *(layer.right for layer in layers[1:])])]
+    right = lambda layer, there, gain: np.ascontiguousarray(layer.right * gain) if there else np.zeros((0, len(layer.bias)), np.float32)
+    rights = [right(layer, (layer.right if l else small) is not None, gain) for l, (layer, gain) in enumerate(zip(layers, gains))]
+    biases = [layer.bias * larger for layer, larger in zip(layers[1:], np.cumprod(gains)[1:])]
     few = np.zeros((len(h), 0), np.float32) if small is None else small
-    forward(h, [layer.bias for layer in layers[1:]], slopes, packed, [turned(layer.left, len(before.bias)) for before, layer in zip(layers, layers[1:])], rights, few, *out)
+    forward(h, gains[0], biases, slopes, packed, forms, [turned(layer.left, len(before.bias)) for before, layer in zip(layers, layers[1:])], rights, few, *out)
 
 
+# %% ../nbs/01b_kernels.ipynb #e8b8ff96
 @dataclass(frozen=True)
 class _Way:
     "How products are made."

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from . import tiles as whole
 from .loops import _copy, _data, _njit
-from .tiles import _aligned, _constant, _load, _LONG, _multiply, _multiply_from, _store, _vector, SIDE, STEP
+from .tiles import _aligned, _constant, _load, _LONG, _multiply, _multiply_from, _store, _vector, PAIRS, SIDE, STEP
 
 # %% ../nbs/01aca_strassen.ipynb #d1c0cd51
 _PIECES = 7
@@ -24,7 +24,7 @@ def fits(parts, *widths):
 
     Parameters
     ----------
-    parts : {0, 1, 2}
+    parts : {0, 1, 2, PAIRS}
         As `scimlora.tiles.possible` takes it.
     *widths : int
         Of rows and of products.
@@ -33,7 +33,7 @@ def fits(parts, *widths):
     -------
     bool
     """
-    return parts == 0 and not any(w % (2 * STEP) for w in widths)
+    return parts in (0, PAIRS) and not any(w % (2 * STEP) for w in widths)
 
 
 def pack(weight, parts, halved):
@@ -42,7 +42,7 @@ def pack(weight, parts, halved):
     Parameters
     ----------
     weight : numpy.ndarray of float32, shape (in, out)
-    parts : {0, 1, 2}
+    parts : {0, 1, 2, PAIRS}
         As in `scimlora.tiles.pack`.
     halved : bool
         The seven sums; only where `fits` says so.
@@ -50,14 +50,17 @@ def pack(weight, parts, halved):
     Returns
     -------
     numpy.ndarray
-        As from `scimlora.tiles.pack`; halved, of float32 and shape (7, out / 64, in / 64, 1, 2, 32, 16).
+        As from `scimlora.tiles.pack`; halved, of float32, seven of these, of half the width and half the rows.
     """
     if not halved: return whole.pack(weight, parts=parts)
     n, m = weight.shape[0] // 2, weight.shape[1] // 2
     a, b, c, d = weight[:n, :m], weight[:n, m:], weight[n:, :m], weight[n:, m:]
     t = b - a
-    out = _aligned(np.float32, _PIECES, m // STEP, n // STEP, 1, 2, STEP, SIDE)
-    for q, x in enumerate((a, c, d, c - d + t, t, d - t, d - b)): out[q] = whole.pack(x, parts=0)
+    out = None
+    for q, x in enumerate((a, c, d, c - d + t, t, d - t, d - b)):
+        piece = whole.pack(x, parts=parts)
+        if out is None: out = _aligned(np.float32, _PIECES, *piece.shape)
+        out[q] = piece
     return out
 
 # %% ../nbs/01aca_strassen.ipynb #11fb8b13
@@ -74,10 +77,10 @@ def room(n, width, parts, halved):
     Returns
     -------
     numpy.ndarray
-        As from `scimlora.tiles.room`; halved, of float32 and shape (7, width / 64, n / 32, 1, 16, 32).
+        As from `scimlora.tiles.room`; halved, seven of these, of half the rows and half the width.
     """
     if not halved: return whole.room(n, width, parts)
-    pieces = whole.room(-(-n // 2), _PIECES * width // 2, 0)[:-1]
+    pieces = whole.room(-(-n // 2), _PIECES * (width // 2 + STEP), 0)[:-1]
     return pieces.reshape(_PIECES, -1, *pieces.shape[1:])
 
 
@@ -145,7 +148,7 @@ def product(tiles, packed, bias, out, layout):
         From `scimlora.tiles.layout`.
     """
     if packed.ndim == 6: _multiply_from(bias, tiles, packed, out, layout)
-    else: _product_halved(tiles, packed, bias, out)
+    else: _product_halved(tiles, packed, bias, out, layout)
 
 
 @intrinsic
@@ -169,17 +172,17 @@ def _add_up(out, at, n):
 
 
 @_njit
-def _product_halved(a, b, bias, out):
+def _product_halved(a, b, bias, out, layout):
     n, w, stride = np.int64(len(out) // 2), np.int64(out.shape[1] // 2), np.int64(out.strides[0] // 4)
     c11, c12, c21, c22 = out[:n, :w], out[:n, w:], out[n:, :w], out[n:, w:]
-    _multiply_from(bias, a[0], b[0], c21, None)
+    _multiply_from(bias, a[0], b[0], c21, layout)
     for i in range(n): _copy(out, i * stride, out, (n + i) * stride, w)
-    _multiply(a[1], 0, b[1], c11, None)
-    _multiply(a[5], 0, b[5], c21, None)
-    _multiply_from(bias[w:] - bias[:w], a[4], b[4], c22, None)
+    _multiply(a[1], 0, b[1], c11, layout)
+    _multiply(a[5], 0, b[5], c21, layout)
+    _multiply_from(bias[w:] - bias[:w], a[4], b[4], c22, layout)
     _add_up(out, np.int64(w), n)
-    _multiply(a[2], 0, b[2], c12, None)
-    _multiply(a[6], 0, b[6], c21, None)
+    _multiply(a[2], 0, b[2], c12, layout)
+    _multiply(a[6], 0, b[6], c21, layout)
     _add_up(out, n * stride + w, n)
-    _multiply(a[3], 0, b[3], c21, None)
+    _multiply(a[3], 0, b[3], c21, layout)
 

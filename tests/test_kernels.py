@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,15 +50,24 @@ def dense(layers, X):
 def far(a, b): return np.abs(np.asarray(a, np.float64) - b).max()
 
 
-@pytest.fixture(params=["plain", "compiled", "tiles"])
+def in_pairs(monkeypatch):
+    "As on a processor whose adders stand beside what multiplies."
+    from scimlora import tiles
+    find = tiles.find_parts
+    monkeypatch.setattr(kernels, "_tiles", lambda: tiles)
+    monkeypatch.setattr(kernels, "_parts_of", lambda precision, alike=False: find(precision) if precision == "bfloat16" else tiles.PAIRS if alike else 0)
+
+
+@pytest.fixture(params=["plain", "compiled", "tiles", "pairs"])
 def way(request, monkeypatch):
-    "All ways for matrices of any size: without numba, with it, and with products in tiles."
+    "All ways for matrices of any size: without numba, with it, and with products in tiles, also in pairs."
     if request.param == "plain": monkeypatch.setattr(kernels, "_compiled", lambda: None)
     else:
         pytest.importorskip("numba")
         monkeypatch.setattr(kernels, "_LARGE", 0)
     if request.param == "compiled": monkeypatch.setattr(kernels, "_tiles", lambda: None)
     if request.param == "tiles" and kernels._tiles() is None: pytest.skip("no products in tiles")
+    if request.param == "pairs": in_pairs(monkeypatch)
     return request.param
 
 
@@ -119,8 +129,11 @@ def test_other_types_and_strided_arrays(way):
     for few in (X[:1], X[:3], wide[:2], X.astype(np.float64)[:1]): assert max(far(run_layers(a, few), want[:few.shape[0]]) for a in (layers, strided)) < SAME  # by torch
 
 
-@pytest.mark.parametrize("precision", kernels.PRECISIONS)
-def test_a_cell_in_tiles_is_the_same_whoever_its_neighbours_are(real, precision):
+@pytest.mark.parametrize("precision", [*kernels.PRECISIONS, "pairs"])
+def test_a_cell_in_tiles_is_the_same_whoever_its_neighbours_are(real, precision, monkeypatch):
+    if precision == "pairs":
+        in_pairs(monkeypatch)
+        precision = "float32"
     if kernels._parts_of(precision) is None: pytest.skip("no such products in tiles")
     mini, X = real
     first = mini.layers[0]
@@ -143,6 +156,21 @@ def test_a_cell_in_tiles_is_the_same_whoever_its_neighbours_are(real, precision)
         h = kernels._add_in_tiles(start(part.shape[0]), part, first, genes, precision)
         assert np.array_equal(h, whole[rows])
         assert np.array_equal(points(h), after[:, rows])
+
+
+@pytest.mark.parametrize("larger", [1e-4, 1.0, 1e4])
+def test_weights_of_any_size_in_pairs(real, larger, monkeypatch):
+    # Sums of values and weights would lose what is small beside the other, were the weights not made as large as what they meet.
+    mini, X = real
+    in_pairs(monkeypatch)
+    layers = [replace(layer, weight=layer.weight * np.float32(k), bias=layer.bias * np.float32(k * before)) for layer, k, before in zip(mini.layers, (larger, 1 / larger, larger), (1, larger, 1))]
+    h, genes = np.tile(layers[0].bias, (X.shape[0], 1)), np.argsort(-X.getnnz(0))[:3000]
+    kernels._add_in_tiles(h, X, layers[0], genes, "float32")
+    assert far(h / np.float32(larger), X[:, genes].astype(np.float64) @ mini.layers[0].weight[genes] + mini.layers[0].bias) < 1e-4
+    z, want = np.empty((2, len(h), mini.latent), np.float32), h.astype(np.float64)
+    kernels._finish_in_tiles(layers, h, None, "float32", z)
+    for before, layer in zip(layers, layers[1:]): want = np.where(want < 0, want * before.slope, want) @ layer.weight + layer.bias
+    assert max(far(one, want / np.linalg.norm(want, axis=1, keepdims=True)) for one in z) < SAME
 
 
 def test_threads_and_batches(way, real):
