@@ -167,7 +167,9 @@ def limits(threads):
     A16, B16 = A.bfloat16(), B.bfloat16()
     jobs = dict(float32=lambda: A @ B, bfloat16=lambda: A16 @ B16, numpy=lambda: A.numpy() @ B.numpy(), read=lambda: big.sum())
     with ThreadPoolExecutor(threads) as pool:
-        if (tiles := _tiles()) is not None: jobs |= {f"tiles, {p}": in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), _parts_of(p)) for p in PRECISIONS if _parts_of(p) is not None}
+        if (tiles := _tiles()) is not None:
+            forms = {f"tiles, {p}": _parts_of(p) for p in PRECISIONS} | ({"pairs": tiles.PAIRS} if _parts_of("float32", alike=True) == tiles.PAIRS else {})
+            jobs |= {k: in_tiles(tiles, pool, threads, A.numpy(), B.numpy(), parts) for k, parts in forms.items() if parts is not None}
         took = in_turns(jobs, 15)
     work = 2 * A.shape[0] * B.numel() / 1e9
     return dict(threads=threads, units=tiles is not None and tiles.ready(), read=big.nbytes / took.pop("read") / 1e9, **{k: work / v for k, v in took.items()})
@@ -196,7 +198,7 @@ def both(layers, rounds, n=4096):
     "Microseconds a cell on one thread that the layers after the first take for two encoders with the same weights, in float32; GFLOP/s, were no product saved; and whether some are."
     h, points = np.random.default_rng(0).random((n, HIDDEN[0]), np.float32), np.empty((2, n, LATENT), np.float32)
     with one_blas_thread(): us = in_turns(dict(both=lambda: _TILES.finish(layers, h, None, "float32", points)), rounds)["both"] / n * 1e6
-    return dict(us=us, rate=2 * 2 * sum(x.weight.size for x in layers[1:]) / us / 1e3, halved=fits(_parts_of("float32"), *HIDDEN, LATENT))
+    return dict(us=us, rate=2 * 2 * sum(x.weight.size for x in layers[1:]) / us / 1e3, halved=fits(_parts_of("float32", alike=True), *HIDDEN, LATENT))
 
 
 # What a user writes to embed a file of aligned cells with one package, in a process of its own: for its peak memory.
@@ -440,6 +442,7 @@ def written(args, r):
         units = machine["units"]
         lines += [f"Products in tiles, on the {'matrix' if units else 'vector'} units, with the rows shared among the threads: {machine['tiles, float32']:,.0f} GFLOP/s in float32"
                   + " made of three products of bfloat16" * units + (f", {machine['tiles, bfloat16']:,.0f} in bfloat16" if "tiles, bfloat16" in machine else "") + "."
+                  + (f" Float32 in pairs, as embedding takes it: {machine['pairs']:,.0f}; half of the columns trade a product for two sums, which this processor makes on the side (`nbs/01ab_tiles.ipynb`)." if "pairs" in machine else "")
                   + " On a shared machine the units' rate depends on what its neighbours do, more than that of anything else here." * units, ""]
     for kind, rows in r["steps"].items(): lines += [f"{kind}:", "", *table(rows, ["step", "µs a cell", "share", "GFLOP/s"])]
     times = [dict(what=k, seconds=f"{v:.2f}") for k, v in r["times"].items()] + [dict(what="scimlora serve, until ready", seconds=f"{service['ready']:.2f}")]

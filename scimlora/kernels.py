@@ -147,7 +147,7 @@ def _kept(layer, form, make):
     return held[form]
 
 
-def _size(x): return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+def _size(x): return float((np.ravel(x) @ np.ravel(x) / x.size) ** 0.5)
 
 
 # %% ../nbs/01b_kernels.ipynb #38b31a8c
@@ -166,7 +166,7 @@ def _parts_of(precision, alike=False):
 
 # %% ../nbs/01b_kernels.ipynb #81c89487
 _FREQUENT = 1.2  # about the size of values of frequent genes, zeros among them
-_FURTHER = 16  # every 16th gene's weights say how large they are
+_FURTHER = 64  # every 64th gene's weights say how large they are
 
 
 def _larger(weight):
