@@ -572,7 +572,7 @@ def _each(work, bounds):
         for _ in (in_threads if len(pairs) > 1 else map)(lambda p: work(*p), pairs): pass
 
 # %% ../nbs/01b_kernels.ipynb #3273e96b
-def run_layers(layers, X, batch=2048, precision="float32", device="cpu", share=1):
+def run_layers(layers, X, batch=1536, precision="float32", device="cpu", share=1):
     """Embed cells with folded layers.
 
     Parameters
