@@ -53,6 +53,19 @@ def _term_map(path):
     if held: _say(f"note: {path}: suggested terms are not used until their status is confirmed: {', '.join(held[:8])}{', …' * (len(held) > 8)}")
     return found
 
+# %% ../nbs/08_cli.ipynb #de5bc9b9
+def _print_version(wanted):
+    if not wanted: return
+    from scimlora import __version__
+
+    print("scimlora", __version__)
+    raise typer.Exit
+
+
+@app.callback()
+def _before(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print which version this is, and end")] = False): pass
+
+
 # %% ../nbs/08_cli.ipynb #4cd104ba
 @app.command()
 def doctor(file: Annotated[Path, typer.Argument(help="file of cells")],
@@ -559,7 +572,10 @@ def _one_line(text): return " ".join(str(text).split())
 def _explain(e):
     "Say in one line what went wrong; returns the exit code."
     if isinstance(e, InputError): return _stop(_one_line(e), 2)
-    if hasattr(e, "format_message"):  # the parser's own errors: unknown option, missing argument
+    if hasattr(e, "format_message"):  # the parser's own errors: unknown option, missing argument; with nothing asked for, the help
+        if e.format_message().startswith("Usage: "):
+            _say(e.format_message())
+            return 2
         return _stop(_one_line(e.format_message()) + "; see scimlora --help", 2)
     if isinstance(e, typer.Abort): return _stop("stopped", 130)
     if isinstance(e, ModuleNotFoundError) and not str(e.name).startswith("scimlora"):

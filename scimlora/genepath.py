@@ -211,7 +211,8 @@ def _angles(profile, level, weights):
 def _log_share(level, there):
     "Logarithm of each gene's share of a profile, over the genes that are there: (n_genes, n_classes)."
     p = (level.astype(np.float64) + 0.1) * there[:, None]
-    return np.log(p / p.sum(0), where=p > 0, out=np.zeros_like(p))
+    total = p.sum(0)
+    return np.log(p / np.where(total > 0, total, 1), where=p > 0, out=np.zeros_like(p))
 
 
 def _likelihoods(X, logp, there):

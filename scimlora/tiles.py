@@ -73,8 +73,10 @@ def find_parts(precision, alike=False):
     int
         As `possible` takes it; None: what is in this module does not pay.
     """
-    if precision == "float32": return 2 if ready() else None if not {"avx2", "fma"} <= _features() else PAIRS if alike and _adders_apart() else 0
-    return 1 if possible(1) else None
+    if precision == "bfloat16": return 1 if possible(1) else None
+    if ready(): return 2
+    if not {"avx2", "fma"} <= _features(): return None
+    return PAIRS if alike and _adders_apart() else 0
 
 
 # %% ../nbs/01ab_tiles.ipynb #c2d10eae

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scimlora import Base, Classifier, examples
+from scimlora import __version__, Base, Classifier, examples
 from scimlora.bundle import load_bundle, save_bundle
 from scimlora.cli import main
 from scimlora.core import read_json, sha256
@@ -329,6 +329,18 @@ COMMANDS = ["doctor", "prepare", "tune", "merge", "evaluate", "errors", "report"
 def test_help_lists_every_command():
     said = scimlora("--help")
     for c in COMMANDS: assert re.search(rf"^\s+{c}\s+\S", said, re.M), c
+
+
+def test_version():
+    assert scimlora("--version") == f"scimlora {__version__}\n"
+    assert "--version" in scimlora("--help")
+
+
+@pytest.mark.parametrize("args", [[], ["space"]])
+def test_nothing_asked_for_shows_the_help(args, capsys):
+    with pytest.raises(SystemExit) as end: main(args)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("Usage: ") and len(said.splitlines()) > 5
 
 
 @pytest.mark.parametrize("name", COMMANDS)
