@@ -28,11 +28,13 @@ $(VENV)/dev.stamp: $(DEPS)
 demo: install  ## the whole job on real cells: tune, measure, report
 	$(BIN)/scimlora demo
 
-# Two at a time with one thread each: nbdev would start a worker for every core, and torch a thread for every core in each.
+# Two at a time with one thread each: nbdev would start a worker for every core, and torch a thread for every core in each. numba's threads,
+# which scanpy starts, share a library with torch's and would make these as many.
+ONE_THREAD = OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 test: install-dev  ## the demo, every notebook, every test
 	$(BIN)/scimlora demo
-	$(IN_ENV) OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	$(IN_ENV) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+	$(IN_ENV) $(ONE_THREAD) nbdev_test --n_workers 2
+	$(IN_ENV) $(ONE_THREAD) python -m pytest -n 2 --dist loadfile
 
 export: install-dev  ## notebooks to modules, and both notebook folders clean
 	$(IN_ENV) nbdev_export
@@ -52,7 +54,7 @@ readme: install-dev  ## draw the pictures and write README.md from nbs/index.ipy
 	$(IN_ENV) python tools/make_readme.py
 
 colab: install-dev  ## run the Colab notebooks headless, with papermill
-	$(IN_ENV) OMP_NUM_THREADS=1 python colab/run.py --workers 2 $(NOTEBOOKS)
+	$(IN_ENV) $(ONE_THREAD) python colab/run.py --workers 2 $(NOTEBOOKS)
 
 ui: install-dev  ## open the page on http://localhost:8501
 	$(IN_ENV) streamlit run ui/src/streamlit_app.py

@@ -337,8 +337,8 @@ def _gains(layers, forms):
     "What the first layer's output and each later layer's weights are multiplied with: all one where no layer is in pairs."
     if _tiles().PAIRS not in forms: return np.ones(len(layers), np.float32)
     held, key = _KEPT.setdefault(layers[0], {}), ("gains", *map(id, layers[1:]))
-    if key not in held: held[key] = _find_gains(layers)
-    return held[key]
+    if key not in held: held[key] = _find_gains(layers), list(layers[1:])  # kept, so that no others get their ids
+    return held[key][0]
 
 
 # %% ../nbs/01b_kernels.ipynb #6cb91b80
