@@ -65,7 +65,6 @@ def _print_version(wanted):
 @app.callback()
 def _before(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print which version this is, and end")] = False): pass
 
-
 # %% ../nbs/08_cli.ipynb #4cd104ba
 @app.command()
 def doctor(file: Annotated[Path, typer.Argument(help="file of cells")],

@@ -149,7 +149,6 @@ def _kept(layer, form, make):
 
 def _size(x): return float((np.ravel(x) @ np.ravel(x) / x.size) ** 0.5)
 
-
 # %% ../nbs/01b_kernels.ipynb #38b31a8c
 @functools.lru_cache
 def _tiles():
@@ -162,7 +161,6 @@ def _tiles():
 def _parts_of(precision, alike=False):
     "In which form values are multiplied in tiles, or None."
     return None if _tiles() is None else _tiles().find_parts(precision, alike)
-
 
 # %% ../nbs/01b_kernels.ipynb #81c89487
 _FREQUENT = 1.2  # about the size of values of frequent genes, zeros among them
@@ -340,7 +338,6 @@ def _gains(layers, forms):
     if key not in held: held[key] = _find_gains(layers), list(layers[1:])  # kept, so that no others get their ids
     return held[key][0]
 
-
 # %% ../nbs/01b_kernels.ipynb #6cb91b80
 def _finish_in_tiles(layers, h, small, precision, out):
     "As `_finish`."
@@ -360,7 +357,6 @@ def _finish_in_tiles(layers, h, small, precision, out):
     biases = [layer.bias * larger for layer, larger in zip(layers[1:], np.cumprod(gains)[1:])]
     few = np.zeros((len(h), 0), np.float32) if small is None else small
     forward(h, gains[0], biases, slopes, packed, forms, [turned(layer.left, len(before.bias)) for before, layer in zip(layers, layers[1:])], rights, few, *out)
-
 
 # %% ../nbs/01b_kernels.ipynb #e8b8ff96
 @dataclass(frozen=True)

@@ -56,12 +56,8 @@ def pack(weight, parts, halved):
     n, m = weight.shape[0] // 2, weight.shape[1] // 2
     a, b, c, d = weight[:n, :m], weight[:n, m:], weight[n:, :m], weight[n:, m:]
     t = b - a
-    out = None
-    for q, x in enumerate((a, c, d, c - d + t, t, d - t, d - b)):
-        piece = whole.pack(x, parts=parts)
-        if out is None: out = _aligned(np.float32, _PIECES, *piece.shape)
-        out[q] = piece
-    return out
+    pieces = [whole.pack(x, parts=parts) for x in (a, c, d, c - d + t, t, d - t, d - b)]
+    return np.stack(pieces, out=_aligned(np.float32, _PIECES, *pieces[0].shape))
 
 # %% ../nbs/01aca_strassen.ipynb #11fb8b13
 def room(n, width, parts, halved):
@@ -185,4 +181,3 @@ def _product_halved(a, b, bias, out, layout):
     _multiply(a[6], 0, b[6], c21, layout)
     _add_up(out, n * stride + w, n)
     _multiply(a[3], 0, b[3], c21, layout)
-

@@ -78,7 +78,6 @@ def find_parts(precision, alike=False):
     if not {"avx2", "fma"} <= _features(): return None
     return PAIRS if alike and _adders_apart() else 0
 
-
 # %% ../nbs/01ab_tiles.ipynb #c2d10eae
 SIDE, STEP = 16, 32  # rows of a tile, and values in each
 _BYTE, _HALF, _WORD, _LONG = (ir.IntType(n) for n in (8, 16, 32, 64))
@@ -485,27 +484,6 @@ def _in_registers():
     "Rows at a time, and vectors of columns."
     return ((8, 8), 2) if "avx512f" in _features() else ((6, 6, 4), 1)
 
-
-@intrinsic
-def _block(typing, out, at_out, stride, start, at_start, by, tiles, at_tiles, more, packed, at_packed, steps, ahead, lines):
-    "The same for 16 rows, of which sums, their start, values and weights begin at some word; and `ahead` the weights that come."
-    high = STEP if packed.dtype == types.float32 else SIDE
-    def build(context, builder, signature, args):
-        words = lambda k: builder.bitcast(_data(context, builder, signature, args, k), ir.FloatType().as_pointer())
-        sums, begin, a, b = (builder.gep(words(k), [args[k + 1]]) for k in (0, 3, 6, 9))
-        coming, no_lines = builder.bitcast(builder.gep(words(9), [args[12]]), _PLACE), _LONG(0)
-        rows, columns = _in_registers()
-        for q in range(0, 2, columns):
-            for h, n in zip(accumulate(rows, initial=0), rows):
-                to = lambda start, stride: (builder.gep(start, [builder.add(builder.mul(stride, _LONG(h)), _LONG(q * SIDE))]), stride)
-                _some_rows(builder, n, columns, to(begin, args[5]), to(sums, args[2]), builder.gep(a, [_LONG(h * high)]), args[8],
-                           builder.gep(b, [_LONG(q * high * SIDE)]), args[11], high, coming, no_lines if q or h else args[13])
-        return context.get_dummy_value()
-    i = types.int64
-    return types.void(out, i, i, start, i, i, tiles, i, i, packed, i, i, i, i), build
-
-
-
 # %% ../nbs/01ab_tiles.ipynb #f6385906
 def _meet_in_pairs(builder, held, a, rows, b, weights, high, first=True):
     "As `_meet`, of two values of each row, sixteen apart; the first sixteen columns take the product of two sums."
@@ -517,29 +495,38 @@ def _meet_in_pairs(builder, held, a, rows, b, weights, high, first=True):
             else: to = _plus_product(builder, _plus_product(builder, builder.load(h), x[0], y[0]), x[1], y[1])
             builder.store(to, h)
 
+# %% ../nbs/01ab_tiles.ipynb #5775aa61
+def _block_of_rows(in_pairs):
+    """The same for 16 rows, of which sums, their start, values and weights begin at some word; and `ahead` the weights that come.
+    In pairs, what rows give among themselves, from `own` on, and weights, at `of_weights`, is taken from sums that begin."""
+    @intrinsic
+    def block(typing, out, at_out, stride, start, at_start, by, tiles, at_tiles, more, packed, at_packed, steps, ahead, lines, own, of_weights, begins):
+        high = STEP if packed.dtype == types.float32 else SIDE
+        def build(context, builder, signature, args):
+            words = lambda k: builder.bitcast(_data(context, builder, signature, args, k), ir.FloatType().as_pointer())
+            sums, begin, a, b = (builder.gep(words(k), [args[k + 1]]) for k in (0, 3, 6, 9))
+            coming, no_lines = builder.bitcast(builder.gep(words(9), [args[12]]), _PLACE), _LONG(0)
+            rows, columns = _in_registers()
 
-@intrinsic
-def _block_in_pairs(typing, out, at_out, stride, start, at_start, by, tiles, at_tiles, more, packed, at_packed, steps, ahead, lines, own, of_weights, begins):
-    "As `_block`. Where sums begin, what rows give among themselves, from `own` on, and weights, at `of_weights`, is taken from them."
-    def build(context, builder, signature, args):
-        words = lambda k: _data(context, builder, signature, args, k)
-        sums, begin, a, b = (builder.gep(words(k), [args[k + 1]]) for k in (0, 3, 6, 9))
-        coming, no_lines = builder.bitcast(builder.gep(words(9), [args[12]]), _PLACE), _LONG(0)
-        rows, columns = _in_registers()
-        of_columns = _load(builder, _vector(builder, words(9), args[15]))
-        only_at_first = lambda x: builder.select(args[16], x, _constant(x, 0.0))
-        for q in range(0, 2, columns):
-            meet = functools.partial(_meet_in_pairs, first=q == 0)
-            for h, n in zip(accumulate(rows, initial=0), rows):
-                of_row = lambda r, h=h: _in_all_lanes(builder, builder.load(builder.gep(words(6), [builder.add(args[14], _LONG((h + r) * STEP))])))
-                without = None if q else lambda r, of_row=of_row: only_at_first(builder.fadd(of_row(r), of_columns))
-                to = lambda start, stride: (builder.gep(start, [builder.add(builder.mul(stride, _LONG(h)), _LONG(q * SIDE))]), stride)
-                _some_rows(builder, n, columns, to(begin, args[5]), to(sums, args[2]), builder.gep(a, [_LONG(h * STEP)]), args[8],
-                           builder.gep(b, [_LONG(q * STEP * SIDE)]), args[11], STEP, coming, no_lines if q or h else args[13], meet, SIDE, without)
-        return context.get_dummy_value()
-    i = types.int64
-    return types.void(out, i, i, start, i, i, tiles, i, i, packed, i, i, i, i, i, i, types.boolean), build
+            def taken(row):
+                given = _in_all_lanes(builder, builder.load(builder.gep(words(6), [builder.add(args[14], _LONG(row * STEP))])))
+                both = builder.fadd(given, _load(builder, _vector(builder, words(9), args[15])))
+                return builder.select(args[16], both, _constant(both, 0.0))
 
+            for q in range(0, 2, columns):
+                how = dict(meet=functools.partial(_meet_in_pairs, first=q == 0), size=SIDE) if in_pairs else {}
+                for h, n in zip(accumulate(rows, initial=0), rows):
+                    if in_pairs and q == 0: how["without"] = lambda r, h=h: taken(h + r)
+                    to = lambda start, stride: (builder.gep(start, [builder.add(builder.mul(stride, _LONG(h)), _LONG(q * SIDE))]), stride)
+                    _some_rows(builder, n, columns, to(begin, args[5]), to(sums, args[2]), builder.gep(a, [_LONG(h * high)]), args[8],
+                               builder.gep(b, [_LONG(q * high * SIDE)]), args[11], high, coming, no_lines if q or h else args[13], **how)
+            return context.get_dummy_value()
+        i = types.int64
+        return types.void(out, i, i, start, i, i, tiles, i, i, packed, i, i, i, i, i, i, types.boolean), build
+    return block
+
+
+_block, _block_in_pairs = _block_of_rows(False), _block_of_rows(True)
 
 # %% ../nbs/01ab_tiles.ipynb #f73cc2f1
 @intrinsic
@@ -568,7 +555,6 @@ def _take_own(tiles, first, groups):
     for i in range(first, first + groups):
         for r in range(SIDE): tiles[-1, i, 0, r, 1] = _own(tiles, np.int64((i * SIDE + r) * STEP), more, np.int64(len(tiles) - 1))
 
-
 # %% ../nbs/01ab_tiles.ipynb #5f68e7bb
 @_njit
 def _multiply_in_vectors(tiles, first, packed, out, start, by, pairs):
@@ -587,13 +573,12 @@ def _multiply_in_vectors(tiles, first, packed, out, start, by, pairs):
                     sums, rows, weights = np.int64(i * SIDE * stride + s * STEP), np.int64(k * more + (first + i) * of_rows), np.int64((s * of_strip + k) * 2 * of_rows)
                     ahead = np.int64((s * of_strip + coming) * 2 * of_rows + i * n * lines * _LINE // 4)
                     at = sums if k else np.int64(i * SIDE * by + s * STEP)
-                    if pairs is not None:
-                        own, of_weights = np.int64((len(tiles) - 1) * more + (first + i) * of_rows + 1), np.int64((s * of_strip + steps) * 2 * of_rows)
-                        if k: _block_in_pairs(out, sums, stride, out, at, stride, tiles, rows, more, packed, weights, n, ahead, lines, own, of_weights, False)
-                        else: _block_in_pairs(out, sums, stride, start, at, by, tiles, rows, more, packed, weights, n, ahead, lines, own, of_weights, True)
-                    elif k: _block(out, sums, stride, out, at, stride, tiles, rows, more, packed, weights, n, ahead, lines)
-                    else: _block(out, sums, stride, start, at, by, tiles, rows, more, packed, weights, n, ahead, lines)
-
+                    own, of_weights = np.int64((len(tiles) - 1) * more + (first + i) * of_rows + 1), np.int64((s * of_strip + steps) * 2 * of_rows)
+                    if pairs is None:
+                        if k: _block(out, sums, stride, out, at, stride, tiles, rows, more, packed, weights, n, ahead, lines, own, of_weights, False)
+                        else: _block(out, sums, stride, start, at, by, tiles, rows, more, packed, weights, n, ahead, lines, own, of_weights, True)
+                    elif k: _block_in_pairs(out, sums, stride, out, at, stride, tiles, rows, more, packed, weights, n, ahead, lines, own, of_weights, False)
+                    else: _block_in_pairs(out, sums, stride, start, at, by, tiles, rows, more, packed, weights, n, ahead, lines, own, of_weights, True)
 
 # %% ../nbs/01ab_tiles.ipynb #3b1ca8bf
 _PAIRED = np.zeros((0, 0), np.uint8)
@@ -646,7 +631,6 @@ def _multiply_from(row, tiles, packed, out, layout):
     else:
         for i in range(len(out)): _copy(out[i], np.int64(0), row, np.int64(0), len(row))
         _multiply_in_units(tiles, 0, packed, out, layout)
-
 
 # %% ../nbs/01ab_tiles.ipynb #888a4cc3
 def multiply(tiles, packed, out, parts=2):
